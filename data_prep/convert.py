@@ -1,0 +1,246 @@
+"""Writes a data set: ArrayRecord shards and a manifest, from what a converter describes.
+
+A converter builds a `Dataset` (ordered items per split, and a function that loads one) and calls `convert`. Worker
+processes load, check, encode and write example by example; memory does not grow with the data set, but for its items
+and a 16-byte hash per example.
+
+Which shard an item goes to depends on the items and options alone, every shard is moved to its place when complete,
+and the manifest comes last. So after kill -9 at any point the same command redoes the unfinished shards only and ends
+in the same bytes, for any number of workers.
+
+What is checked, and from what. Before any pixel is read: empty splits, unique keys, groups shared by splits. Before
+writing, a first look at a sample of the train split: fields, value ranges, no-data, constant channels. From every
+pixel, after writing but before the manifest makes the data set usable: the same again, duplicates across splits, and
+the statistics that the manifest carries.
+"""
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep import checks
+from data_prep.dataset import ChannelSpec, Dataset, Gatherer, Item, common_shape, describe_fields, load_example
+from data_prep.shards import PARTIAL, Plan, Task, own_folder, read_part, write_shards
+from data_prep.statistics import Statistics, Summary
+from ssl_jax.data import records
+from ssl_jax.data.source import MANIFEST, Channel, Manifest, Split, check_size
+from ssl_jax.errors import UserError
+
+__all__ = ['ChannelSpec', 'Dataset', 'Item', 'add_flags', 'convert', 'options', 'provenance', 'run']
+
+SHARD_RECORDS = 8192   # at most: so that small examples also spread over workers, and little is redone after a kill
+SAMPLE = 32            # examples of the train split that are looked at before writing
+
+
+def convert(dataset: Dataset, out: str | os.PathLike, *, shard_mb: float = 256, compression: str = 'none',
+            workers: int = 1, allow_shared_groups: bool = False, allow_duplicates: bool = False,
+            overwrite: bool = False, quiet: bool = False) -> Manifest:
+    """Writes `dataset` to the folder `out`, or completes what an interrupted run of the same conversion left there.
+
+    Args:
+      shard_mb: size at which a new shard begins, estimated from a sample; a shard has at most 8192 records.
+      compression: 'none', 'snappy', 'zstd:1', 'brotli:5', ...; random reads are about 4 times as fast without.
+      workers: processes that load and write; 1 = this one alone. The bytes written don't depend on it.
+      allow_shared_groups: write although splits share groups.
+      allow_duplicates: write although splits share identical images.
+      overwrite: replace another data set in `out`, or write a finished one again.
+      quiet: neither report nor progress bar.
+    Returns:
+      The manifest as written.
+    Raises:
+      UserError: the data would train silently wrong, an input is bad, or `out` holds something else.
+    """
+    say = (lambda text: None) if quiet else print
+    out = pathlib.Path(out)
+    checks.check_declaration(dataset, shard_mb, compression, workers)
+    checks.check_items(dataset, allow_shared_groups, say)
+    plan, sample, record_bytes = _look(dataset, out, compression)
+    tasks = _assign(dataset, record_bytes, shard_mb)
+    fingerprint = _fingerprint(dataset, plan, tasks)
+    manifest = None if overwrite else _complete(out, fingerprint)
+    if manifest:
+        say(f'{out} is complete already: nothing to do')
+        return manifest
+
+    total = sum(map(len, tasks))
+    say(f'{checks.report_items(dataset)}\nabout {record_bytes * total / 1e9:.3g} GB in {len(tasks)} shards; '
+        f'a sample of {len(sample.hashes)} training examples:\n{checks.report_channels(dataset, sample.statistics)}')
+    for problem in checks.channel_problems(dataset, sample.statistics):
+        if len(sample.hashes) == len(dataset.items['train']):
+            raise UserError(problem)
+        say(f'warning: in the sample, {problem}')
+    with own_folder(out, fingerprint, overwrite):
+        write_shards(plan, dataset.items, tasks, workers=workers, quiet=quiet)
+        contents = {s: _collect(plan, dataset, [t for t in tasks if t.split == s]) for s in dataset.items}
+        for split, content in contents.items():
+            counts = checks.report_classes(dataset, content.split.class_counts)
+            say(f'{split}: {content.split.records} examples{counts}\n{checks.report_channels(dataset, content.statistics)}')
+        checks.check_contents(dataset, contents, allow_duplicates, say)
+        manifest = _manifest(plan, dataset, contents, fingerprint)
+        manifest.save(out)
+    say(f'wrote {out / MANIFEST}')
+    return manifest
+
+
+def _look(dataset: Dataset, out: pathlib.Path, compression: str) -> tuple[Plan, Gatherer, float]:
+    """Loads a sample of the train split: the fields, the anchors of the statistics, the mean size of a record."""
+    items = dataset.items['train']
+    count = min(len(items), SAMPLE)
+    with_group = any(item.group for split in dataset.items.values() for item in split)
+    plan, sample, sizes, middles = None, None, [], []
+    for k in range(count):
+        example = load_example(dataset, items[k * len(items) // count], with_group=with_group)
+        middles.append(_middles(example.pixels, example.valid))
+        sizes.append(len(records.encode(example.fields)))
+        if plan is None:
+            codec = 'uncompressed' if compression == 'none' else compression
+            plan = Plan(out, dataclasses.replace(dataset, items={}), describe_fields(example, dataset.encoding),
+                        with_group, (), f'group_size:1,{codec},max_parallelism:1')
+            sample = Gatherer(plan.fields, np.nan_to_num(middles[0]), len(dataset.classes))
+        sample.add(example)
+    known = [[m for m in column if not math.isnan(m)] for column in zip(*middles)]
+    anchors = tuple(float(np.median(m)) if m else 0.0 for m in known)
+    return dataclasses.replace(plan, anchors=anchors), sample, float(np.mean(sizes))
+
+
+def _middles(pixels: np.ndarray, valid: np.ndarray | None) -> list[float]:
+    """Per channel the median of the valid pixels, nan where there are none; every 7th pixel is enough for an anchor."""
+    values = [pixels[..., c] if valid is None else pixels[..., c][valid[..., c]] for c in range(pixels.shape[2])]
+    return [float(np.median(v.reshape(-1)[::7].astype(np.float64))) if v.size else math.nan for v in values]
+
+
+def _assign(dataset: Dataset, record_bytes: float, shard_mb: float) -> list[Task]:
+    """Items to shards: contiguous runs of nearly equal length."""
+    most = max(1, min(SHARD_RECORDS, int(shard_mb * 1e6 / record_bytes)))
+    tasks = []
+    for split, items in dataset.items.items():
+        n, k = len(items), math.ceil(len(items) / most)
+        names = [f'{split}-{i:05d}-of-{k:05d}.arrayrecord' for i in range(k)]
+        tasks += [Task(name, split, i * n // k, (i + 1) * n // k) for i, name in enumerate(names)]
+    return tasks
+
+
+def _fingerprint(dataset: Dataset, plan: Plan, tasks: Sequence[Task]) -> str:
+    """Equal for runs that write the same bytes: declaration, options, items, package versions, looks of the sample."""
+    declared = dataclasses.asdict(dataclasses.replace(dataset, items={}, load=None))
+    fields = {k: dataclasses.asdict(f) for k, f in plan.fields.items()}
+    content = [declared, fields, plan.anchors, plan.options, [dataclasses.astuple(t) for t in tasks], _versions()]
+    digest = hashlib.blake2b(json.dumps(content, default=_plain).encode(), digest_size=16)
+    for split, items in dataset.items.items():
+        for item in items:
+            digest.update(json.dumps([split, item.key, item.group, item.label], default=_plain).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f'{value!r} is no JSON value: a data set is described by those')
+
+
+def _versions() -> dict[str, str]:
+    return {p: importlib.metadata.version(p) for p in ('array_record', 'numpy', 'pillow')}
+
+
+def _complete(out: pathlib.Path, fingerprint: str) -> Manifest | None:
+    """The manifest of `out` if this very conversion has been finished there; None where there is none."""
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = Manifest.load(out)
+    if manifest.source.get('fingerprint') != fingerprint:
+        raise UserError(f'{out} holds another data set, {manifest.name!r} (or other items, options or package versions '
+                        'of it): choose another --output, or replace it with --overwrite')
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            check_size(out, shard)
+    if (out / PARTIAL).exists():   # killed after the manifest was written
+        shutil.rmtree(out / PARTIAL)
+    return manifest
+
+
+def _collect(plan: Plan, dataset: Dataset, tasks: Sequence[Task]) -> checks.Content:
+    """Merges the parts of a split in the order of its shards, whatever the order in which they were written."""
+    statistics = Statistics(plan.fields['image'].dtype, plan.anchors)
+    counts = np.zeros(len(dataset.classes), np.int64)
+    shards, hashes, blank, shapes = [], [], [], {}
+    for task in tasks:
+        part = read_part(plan.out, task.name)
+        statistics.merge(part['statistics'])
+        counts += part['class_counts']
+        shards.append(part['shard'])
+        hashes.append(part['hashes'])
+        blank += part['blank']
+        shapes = {k: common_shape(shapes.get(k, s), s) for k, s in part['shapes'].items()}
+    groups = len({item.group for item in dataset.items[tasks[0].split] if item.group})
+    split = Split(sum(s.records for s in shards), tuple(counts.tolist()), groups, tuple(shards))
+    return checks.Content(statistics, split, shapes, np.concatenate(hashes), blank)
+
+
+def _manifest(plan: Plan, dataset: Dataset, contents: Mapping[str, checks.Content], fingerprint: str) -> Manifest:
+    shapes = {}
+    for content in contents.values():
+        shapes = {k: common_shape(shapes.get(k, s), s) for k, s in content.shapes.items()}
+    fields = {k: dataclasses.replace(f, shape=tuple(shapes[k])) for k, f in plan.fields.items()}
+    channels = tuple(_channel(c, s) for c, s in zip(dataset.channels, contents['train'].statistics.summary()))
+    source = json.loads(json.dumps(dict(dataset.source), default=_plain))
+    return Manifest(dataset.name, fields, channels, tuple(dataset.classes), {k: c.split for k, c in contents.items()},
+                    source | {'versions': _versions(), 'records': plan.options, 'fingerprint': fingerprint})
+
+
+def _channel(spec: ChannelSpec, s: Summary) -> Channel:
+    period = None if spec.period is None else float(spec.period)
+    return Channel(spec.name, spec.kind, s.mean, s.std, period, spec.unit, s.minimum, s.maximum, s.percentiles,
+                   s.valid / s.pixels)
+
+
+_FLAGS = ('output', 'workers', 'compression', 'shard_mb', 'on_shared_group', 'on_duplicate', 'overwrite')
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every converter has; `options` turns them into arguments of `convert`."""
+    parser.add_argument('--output', required=True, help='folder to write the data set to')
+    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: one per CPU)')
+    parser.add_argument('--compression', default='none', help='none, snappy, zstd:1, brotli:5, ... (default: none)')
+    parser.add_argument('--shard_mb', type=float, default=256, help='size of a shard in MB (default: 256)')
+    parser.add_argument('--on_shared_group', choices=('error', 'keep'), default='error', help='splits share a group')
+    parser.add_argument('--on_duplicate', choices=('error', 'keep'), default='error', help='splits share an image')
+    parser.add_argument('--overwrite', action='store_true', help='replace the data set in the output folder')
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `convert` from the flags of `add_flags`."""
+    return dict(workers=arguments.workers, compression=arguments.compression, shard_mb=arguments.shard_mb,
+                allow_shared_groups=arguments.on_shared_group == 'keep',
+                allow_duplicates=arguments.on_duplicate == 'keep', overwrite=arguments.overwrite)
+
+
+def provenance(converter: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`Dataset.source` of a command: the converter and its own flags, which decide what is written."""
+    return {'converter': converter, 'arguments': {k: v for k, v in vars(arguments).items() if k not in _FLAGS}}
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a converter's `main`; what its user can mend is one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(error))
+    except OSError as error:
+        sys.exit(_fail(f'{error.strerror}: {error.filename}' if error.filename else error))
+    except KeyboardInterrupt:
+        sys.exit('interrupted: the same command goes on where this one stopped')
+
+
+def _fail(message: Any) -> int:
+    print(f'error: {message}', file=sys.stderr)
+    return 2

@@ -1,0 +1,203 @@
+"""What a converter describes, and the check of every example against it."""
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.statistics import FLOATS, INTEGERS, Statistics
+from ssl_jax.data.decode import decode_image
+from ssl_jax.data.source import Field, first_line
+from ssl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelSpec:
+    """A channel as the converter declares it. A pixel is invalid where it is NaN or equals (one of) `nodata`."""
+    name: str
+    kind: str = 'linear'                # or 'phase': its values wrap
+    period: float | None = None         # of a phase: value of one cycle
+    unit: str = ''
+    nodata: float | Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
+    """One example before it is loaded. A converter may use a class of its own that has these attributes."""
+    key: str                            # unique in the data set
+    group: str = ''                     # what splits must not share; '' = none
+    label: int | Sequence[float] | None = None   # class index, or one value per class
+    data: Any = None                    # whatever `load` needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What a converter describes.
+
+    `load(item)` returns the fields of one example: 'image' (H, W, C), or (H, W) for one channel, or the bytes of a PNG
+    or JPEG; optionally 'valid' bool (H, W, V) with V in {1, C}, which is combined with NaN and nodata; 'label' where it
+    is known only after loading; 'label_map' (H, W); and scalars and strings of its own. It runs in worker processes, so
+    it must be picklable. It raises UserError for a bad input file, naming it.
+    """
+    name: str
+    channels: Sequence[ChannelSpec]
+    classes: Sequence[str]              # () = unlabelled
+    items: Mapping[str, Sequence[Any]]  # split -> items, in the order in which they are written; 'train' is one
+    load: Callable[[Any], Mapping[str, Any]]
+    source: Mapping[str, Any]           # provenance, JSON values; the same in every rerun of a command
+    encoding: str = 'raw'               # of the image: 'raw', 'png', 'jpeg'
+    always_valid: bool = False          # promises that no float pixel is NaN: then no validity mask is stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A loaded and checked example."""
+    key: str
+    fields: dict[str, Any]              # what its record holds
+    pixels: np.ndarray                  # (H, W, C), decoded
+    valid: np.ndarray | None            # bool (H, W, C)
+
+    def signature(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Field name -> (dtype, shape), of the decoded values."""
+        found = {}
+        for name, value in (self.fields | {'image': self.pixels}).items():
+            value = self.valid if name == 'valid' else value
+            found[name] = ('str', ()) if isinstance(value, str) else (np.asarray(value).dtype.name, np.shape(value))
+        return found
+
+
+def load_example(dataset: Dataset, item: Any, *, with_group: bool) -> Example:
+    """Loads an item and checks it.
+
+    Raises:
+      UserError: naming the example, where its image, label, mask or label map doesn't fit the declaration, or a pixel
+        is infinite.
+    """
+    where = f'example {item.key!r}'
+    try:
+        loaded = dict(dataset.load(item))
+    except Exception as error:
+        error.add_note(f'while loading {where}')
+        raise
+    image = loaded.pop('image')
+    if dataset.encoding == 'raw':
+        image = np.asarray(image)
+        pixels = image = image[..., None] if image.ndim == 2 else image
+    else:
+        try:
+            pixels = decode_image(image, len(dataset.channels))
+        except ValueError as error:
+            raise UserError(f'{where}: {first_line(error)}') from error
+    _check_pixels(dataset, pixels, where)
+    fields = {'image': image}
+    valid = _validity(dataset, pixels, loaded.pop('valid', None), where)
+    if valid is not None:
+        fields['valid'] = np.packbits(valid)
+    label = loaded.pop('label', item.label)
+    if label is not None:
+        check_label(label, dataset.classes, where)
+        fields['label'] = np.asarray(label, np.float32 if np.ndim(label) else np.int32)
+    elif dataset.classes:
+        raise UserError(f'{where} has no label, but the data set has classes')
+    if 'label_map' in loaded:
+        fields['label_map'] = np.asarray(loaded.pop('label_map'))
+        if fields['label_map'].shape != pixels.shape[:2]:
+            raise UserError(f'{where}: label_map has shape {fields["label_map"].shape}, expected {pixels.shape[:2]}')
+    fields |= {'key': item.key, 'group': item.group or ''} if with_group else {'key': item.key}
+    loaded = {k: np.float32(v) if isinstance(v, float) else v for k, v in loaded.items()}   # records hold no float64
+    return Example(item.key, fields | loaded, pixels, valid)
+
+
+class Gatherer:
+    """Checks that examples have the same fields, and gathers what is told of them: the content of a shard, or a sample.
+
+    Args:
+      fields: what every example has.
+      anchors: see `Statistics`.
+    """
+
+    def __init__(self, fields: Mapping[str, Field], anchors: Sequence[float], classes: int):
+        self.fields = fields
+        self.statistics = Statistics(fields['image'].dtype, anchors)
+        self.class_counts = np.zeros(classes, np.int64)
+        self.shapes: dict[str, list[int | None]] = {}
+        self.hashes: list[bytes] = []
+        self.blank: list[str] = []      # examples without a valid pixel
+
+    def add(self, example: Example) -> None:
+        signature = example.signature()
+        for name in self.fields | signature:
+            dtype, shape = signature.get(name, ('missing', ()))
+            known = self.fields.get(name)
+            if known is None or (dtype, len(shape)) != (known.dtype, len(known.shape)):
+                others = f'{known.dtype} with {len(known.shape)} axes' if known else 'no such field'
+                raise UserError(f'example {example.key!r}: field {name!r} is {dtype} {shape}, others have {others}')
+            self.shapes[name] = common_shape(self.shapes.get(name, shape), shape)
+        self.statistics.add(example.pixels, example.valid)
+        if example.valid is not None and not example.valid.any():
+            self.blank.append(example.key)
+        if 'label' in example.fields:
+            label = example.fields['label']
+            self.class_counts += label > 0 if label.ndim else np.arange(len(self.class_counts)) == label
+        digest = hashlib.blake2b(repr(example.pixels.shape).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(example.pixels))
+        self.hashes.append(digest.digest())
+
+
+def common_shape(a: Sequence[int | None], b: Sequence[int | None]) -> list[int | None]:
+    """The axes on which two shapes agree, None for the others."""
+    return [x if x == y else None for x, y in zip(a, b)]
+
+
+def describe_fields(example: Example, encoding: str) -> dict[str, Field]:
+    """The manifest's fields after one example."""
+    kinds = {'image': encoding, 'valid': 'packbits'}
+    fields = {}
+    for name, (dtype, shape) in example.signature().items():
+        kind = 'text' if dtype == 'str' else 'array' if shape else 'scalar'
+        kind = name if name in ('image', 'valid', 'label', 'label_map') else kind
+        fields[name] = Field(kind, dtype, shape, kinds.get(name, 'raw'))
+    return fields
+
+
+def check_label(label: Any, classes: Sequence[str], where: str) -> None:
+    """Raises UserError unless `label` is the index of a class, or holds one value per class."""
+    if np.ndim(label) == 0:
+        if not 0 <= int(label) < len(classes):
+            raise UserError(f'{where} has label {label}, but there are {len(classes)} classes, counted from 0')
+    elif np.shape(label) != (len(classes),):
+        raise UserError(f'{where} has a label of shape {np.shape(label)}, expected one value for each of '
+                        f'{len(classes)} classes')
+
+
+def _check_pixels(dataset: Dataset, pixels: np.ndarray, where: str) -> None:
+    if pixels.dtype.name not in INTEGERS + FLOATS:
+        raise UserError(f'{where}: the image is {pixels.dtype}, expected one of {", ".join(INTEGERS + FLOATS)}')
+    names = [c.name for c in dataset.channels]
+    if pixels.ndim != 3 or pixels.shape[2] != len(names) or not pixels.size:
+        expected = f'(H, W, {len(names)}) for {", ".join(names)}'
+        raise UserError(f'{where}: the image has shape {pixels.shape}, expected {expected}')
+    if pixels.dtype.name in FLOATS:
+        infinite = np.isinf(pixels).any((0, 1))
+        if infinite.any():
+            raise UserError(f'{where}: channel {names[infinite.argmax()]!r} has infinite pixels: no data is NaN')
+        if dataset.always_valid and np.isnan(pixels).any():
+            raise UserError(f'{where} has NaN pixels, but the converter declares every pixel valid')
+
+
+def _validity(dataset: Dataset, pixels: np.ndarray, given: Any, where: str) -> np.ndarray | None:
+    nodata = [() if c.nodata is None else np.atleast_1d(c.nodata) for c in dataset.channels]
+    floating = pixels.dtype.name in FLOATS and not dataset.always_valid
+    if not floating and given is None and not any(map(len, nodata)):
+        return None
+    valid = ~np.isnan(pixels) if floating else np.ones(pixels.shape, bool)
+    for c, values in enumerate(nodata):
+        for value in values:
+            valid[..., c] &= pixels[..., c] != value
+    if given is not None:
+        given = np.asarray(given)
+        if given.dtype != bool or given.shape not in (pixels.shape, (*pixels.shape[:2], 1)):
+            raise UserError(f'{where}: valid is {given.dtype} {given.shape}, expected bool {pixels.shape}')
+        valid &= given
+    return valid

@@ -1,0 +1,187 @@
+"""Save and restore whole runs (state and data position as one item); graft an encoder from one run into another."""
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ssl_jax.config import Duration
+from ssl_jax.errors import UserError, nearest
+from ssl_jax.sharding import path_name
+from ssl_jax.step import TrainState
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The schema of `config.checkpoint`.
+
+    Args:
+      every: a checkpoint after each such stretch, and always after the last step.
+      keep: so many of the newest stay on disk.
+    """
+    every: Duration = '10%'
+    keep: int = 1
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves by their path: {'params/encoder/norm/scale': ...}."""
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _shape(leaf: Any) -> str:
+    return f'{tuple(leaf.shape)} {jax.numpy.dtype(leaf.dtype).name}'
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first path on which two flat trees disagree, in words; None if they agree."""
+    for path, leaf in wanted.items():
+        if path not in found:
+            return f'it lacks {path} {_shape(leaf)}{nearest(path, found)}'
+        if _shape(found[path]) != _shape(leaf):
+            return f'{path} is {_shape(found[path])} there, and {_shape(leaf)} in this run'
+    extra = [p for p in found if p not in wanted]
+    return f'it holds {extra[0]} {_shape(found[extra[0]])}, which this run has not' if extra else None
+
+
+class Checkpoints:
+    """The checkpoints of a run: WORKDIR/checkpoints/<step>/{state,data}. Saving is asynchronous and atomic.
+
+    Args:
+      position: what must be equal for the data position to keep its meaning (global batch, seed, records of the split).
+    """
+
+    def __init__(self, workdir: str, *, keep: int, position: Mapping[str, Any]):
+        self.folder, self.position = pathlib.Path(workdir).absolute() / 'checkpoints', dict(position)
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, create=True))
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint; half-written ones are not seen."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts writing; the state may be donated to the next step at once.
+
+        Raises:
+          UserError: this or the previous save found no room on the disk; the checkpoints before it are intact.
+        """
+        with _named(self.folder):
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                # The data position is a pure function of the step: this is all there is to restore of the pipeline.
+                data=ocp.args.JsonSave({'next_step': step} | self.position)))
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest checkpoint into `abstract`, whose leaves carry the shardings wanted.
+
+        Raises:
+          UserError: it was made by another model, or its data position means something else in this run.
+        """
+        step = self.latest()
+        where = self.folder / str(step)
+        difference = _difference(flatten(_metadata(where / 'state')), flatten(abstract))
+        if difference:
+            raise UserError(f'checkpoint {where} is of another model: {difference}')
+        with _named(where):
+            position = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+            for name, value in self.position.items():
+                if position[name] != value:
+                    raise UserError(f'checkpoint {where} was made with {name}={position[name]!r}, '
+                                    f'this run has {value!r}: use the same, or another --workdir')
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        with _named(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _named(where: pathlib.Path):
+    """Failures of the disk and unreadable files as one line naming the checkpoint."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(f'checkpoint {where}: {type(error).__name__}: {reason}') from error
+
+
+def _metadata(state_folder: pathlib.Path) -> Tree:
+    """Shapes and dtypes of a saved state, read from its index alone."""
+    if not state_folder.is_dir():
+        raise UserError(f'{state_folder} does not exist: expected a checkpoint')
+    with _named(state_folder), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+        return reader.metadata(state_folder).item_metadata.tree
+
+
+def find(path: str) -> pathlib.Path:
+    """The newest checkpoint of a run folder, or the checkpoint folder that `path` itself names.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    if (folder / 'state').is_dir():
+        return folder
+    steps = [p for p in (folder / 'checkpoints').glob('*') if p.name.isdigit() and (p / 'state').is_dir()]
+    if not steps:
+        raise UserError(f'no checkpoint in {path}: expected a run folder, or a checkpoints/<step> of one')
+    return max(steps, key=lambda p: int(p.name))
+
+
+def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
+    """`state` with its encoder replaced by another run's.
+
+    Args:
+      state: concrete arrays, whose shardings and dtypes the grafted leaves take.
+      init_from: a run or checkpoint folder; or dict(path=, source=, target=) where the subtrees are not the usual ones
+        ('params/encoder' or else 'aux/encoder', on both sides).
+    Raises:
+      UserError: no such subtree, or a path of it that is missing, left over or of another shape.
+    """
+    spec = dict(path=init_from) if isinstance(init_from, str) else dict(init_from)
+    unknown = [k for k in spec if k not in ('path', 'source', 'target')]
+    if unknown or 'path' not in spec:
+        raise UserError(f'config.init_from={init_from!r}: expected a folder or dict(path=, source=, target=)')
+    folder = find(spec['path']) / 'state'
+    saved, own = flatten(_metadata(folder)), flatten(state)
+    source = _subtree(saved, spec, 'source', f'{folder}')
+    target = _subtree(own, spec, 'target', 'this run')
+    wanted = {p.removeprefix(target + '/'): x for p, x in own.items() if p.startswith(target + '/')}
+    there = {p.removeprefix(source + '/'): x for p, x in saved.items() if p.startswith(source + '/')}
+    difference = _difference(there, wanted)
+    if difference:
+        raise UserError(f'config.init_from={spec["path"]!r}: {source} does not fit {target}: {difference}')
+
+    item: dict = {}
+    for path, leaf in wanted.items():
+        *parents, name = f'{source}/{path}'.split('/')
+        node = item
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    with _named(folder), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+        grafted = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)))
+
+    def replace(path, leaf):
+        name = path_name(path)
+        return grafted[source + name.removeprefix(target)] if name.startswith(target + '/') else leaf
+
+    return jax.tree.map_with_path(replace, state)
+
+
+def _subtree(paths: Mapping[str, Any], spec: Mapping[str, str], side: str, owner: str) -> str:
+    """The path of the encoder among `paths`: as `spec` says, else where it usually is."""
+    usual = [spec[side].strip('/')] if side in spec else ['params/encoder', 'aux/encoder']
+    for prefix in usual:
+        if any(p.startswith(prefix + '/') for p in paths):
+            return prefix
+    raise UserError(f'config.init_from: {owner} has no {" or ".join(usual)}')
+

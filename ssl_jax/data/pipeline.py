@@ -1,0 +1,395 @@
+"""Host batches whose content is a pure function of the step: for any number of processes, workers and restarts.
+
+The global sample order is one endless stream: position p is row p % n of epoch p // n, every epoch a new permutation of
+the n examples, and batch s holds positions s * batch to (s + 1) * batch - 1. Epochs follow each other without a gap, so
+no example is left out, a batch may span two epochs, and a data set smaller than a batch fills it several times over.
+Each process cuts its contiguous block out of every batch and reads only that.
+"""
+import dataclasses
+import functools
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import connection, parent_process
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from ssl_jax.data import decode, embedded, records, tfds_source
+from ssl_jax.data.source import Channel, Manifest, ShardSource
+from ssl_jax.errors import UserError, nearest
+
+SMALL = 2 ** 16   # records; grain's own shuffle takes milliseconds per example of a small data set
+BATCHED = ('image', 'label', 'label_map')   # the field kinds that reach a batch unasked; 'valid' comes with 'image'
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set as seen by a run. The schema of `config.data`.
+
+    Host batches are dicts of numpy arrays, b = batch / process_count rows:
+      image     (b, H, W, C)  in the stored dtype
+      valid     (b, H, W, V)  bool, V in {1, C}; only where some pixels may be invalid (no data, padding)
+      label     (b,) int32 or (b, K) float32;   label_map  (b, H, W) int32
+      index     (b,) int32    row in the split
+      position  (b,) uint32   place in the global sample order, modulo 2**32
+      weight    (b,) float32  evaluation only: 0 marks padding
+    and those scalar fields that `fields` asks for.
+
+    Args:
+      root: a converted folder, 'embedded:minicubes', 'embedded:digits', or 'tfds:<name>[/<config>][:<version>]'.
+      split: the one to train on.
+      canvas: (height, width), or one number for both, that images are brought to; None takes them as they are.
+      fit: how, for images of another size; see `decode.rescale`.
+      shuffle: a new order in every epoch; False goes through the split in order.
+      threads: that read and decode, per process (per worker where there are workers). 0 works in the caller's thread.
+      workers: extra processes that read and decode; 0 is right unless Python itself is the bottleneck.
+      prefetch: batches held ready, per process or worker.
+      fields: names of the fields wanted; None is every field but scalars and text.
+      limit: trains on so many examples, evenly spaced over the split.
+    """
+    root: str
+    split: str = 'train'
+    canvas: tuple[int, int] | int | None = None
+    fit: decode.Fit = 'resize'
+    shuffle: bool = True
+    threads: int = 2
+    workers: int = 0
+    prefetch: int = 4
+    fields: tuple[str, ...] | None = None
+    limit: int | None = None
+
+    def __post_init__(self):
+        least = {'threads': 0, 'workers': 0, 'prefetch': 1, 'limit': 1}
+        for name, value in least.items():
+            found = getattr(self, name)
+            if found is not None and found < value:
+                raise UserError(f'config.data.{name}={found}: expected at least {value}')
+        if self.canvas is not None and min(np.ravel(self.canvas)) < 1:
+            raise UserError(f'config.data.canvas={self.canvas}: expected pixels')
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        """What the data set holds. Reads no example, except that embedded data are made on first use.
+
+        Raises:
+          UserError: no such data set.
+        """
+        return tfds_source.manifest(self._name) if self._kind == 'tfds' else Manifest.load(self.folder)
+
+    @functools.cached_property
+    def folder(self) -> pathlib.Path:
+        """Where a converted or embedded data set lies."""
+        return embedded.folder(self._name) if self._kind == 'embedded' else pathlib.Path(self.root).expanduser()
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        return self.manifest.channels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; () for unlabelled data."""
+        return self.manifest.classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in a batch: the canvas.
+
+        Raises:
+          UserError: none is given and images vary in size.
+        """
+        if self.canvas is not None:
+            return (self.canvas, self.canvas) if isinstance(self.canvas, int) else tuple(self.canvas)
+        if self.manifest.image_size is None:
+            raise UserError(f'config.data.canvas=None: images of {self.root} vary in size, expected (height, width)')
+        return self.manifest.image_size
+
+    @property
+    def records(self) -> int:
+        """Examples per epoch of training."""
+        return self._count(self.split, self.limit)
+
+    def steps_per_epoch(self, batch: int) -> int:
+        """Whole batches in an epoch, at least 1."""
+        return max(1, self.records // batch)
+
+    def abstract(self, batch: int) -> dict[str, np.ndarray]:
+        """Shapes and dtypes of a global training batch, as arrays that take no memory."""
+        spec = self._spec(self.split, self.fields) | {'index': ((), np.int32), 'position': ((), np.uint32)}
+        return {k: np.broadcast_to(np.zeros((), dtype), (batch, *shape)) for k, (shape, dtype) in spec.items()}
+
+    def train(self, *, seed: int, batch: int, start: int = 0, process_index: int = 0,
+              process_count: int = 1) -> grain.DatasetIterator:
+        """An endless iterator over this process's blocks of the global batches, from step `start` on; close it.
+
+        Args:
+          seed: of the order, in [0, 2**32).
+          batch: global.
+        Raises:
+          UserError: the data set is not there or does not fit; while iterating, a damaged record, naming it.
+        """
+        if not 0 <= seed < 2 ** 32:
+            raise UserError(f'seed {seed}: expected a number in [0, 2**32)')
+        load = self._load(self.split, self.fields, self.limit)
+        order = grain.MapDataset.range(load.count)
+        if self.shuffle:
+            order = order.seed(seed).shuffle() if load.count > SMALL else Shuffle(order, seed)
+        return iter(self._batches(order.repeat(None), load, batch, start, process_index, process_count))
+
+    def eval(self, split: str, *, batch: int, process_index: int = 0, process_count: int = 1,
+             fields: Sequence[str] | None = None, limit: int | None = None) -> 'Batches':
+        """All examples of a split in order, once: this process's blocks of ceil(n / batch) global batches.
+
+        The last batch is filled up with repeats of the last example of weight 0. All processes get equally many.
+
+        Args:
+          batch: global.
+          fields: as `Data.fields`, which it replaces where given.
+          limit: only so many examples, evenly spaced over the split.
+        Returns:
+          A sized, re-iterable sequence of host batches.
+        Raises:
+          UserError: as `train`.
+        """
+        load = self._load(split, self.fields if fields is None else tuple(fields), limit, weighted=True)
+        order = grain.MapDataset.range(-(-load.count // batch) * batch)
+        return Batches(self._batches(order, load, batch, 0, process_index, process_count),
+                       -(-load.count // batch))
+
+    def keys(self, split: str, indices: Sequence[int]) -> list[str]:
+        """The names of examples by `index`, for reports."""
+        source = self.source(split)
+        return [source[int(i)].get('key', f'{split}/{int(i)}') for i in indices]
+
+    def source(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """Random access to the examples of a split as they are stored: encoded images, packed validity."""
+        self._count(split, None)
+        if self._kind == 'tfds':
+            return tfds_source.Examples(self._name, split)
+        return Examples(ShardSource(self.folder, split, self.manifest))
+
+    @property
+    def _kind(self) -> str:
+        kind = self.root.split(':', 1)[0]
+        return kind if kind in ('embedded', 'tfds') else 'folder'
+
+    @property
+    def _name(self) -> str:
+        return self.root.split(':', 1)[1]
+
+    def _count(self, split: str, limit: int | None) -> int:
+        count = self.manifest.split(split).records
+        if not count:
+            raise UserError(f'split {split!r} of {self.root} is empty')
+        return min(count, limit or count)
+
+    def _spec(self, split: str, fields: Sequence[str] | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of the wanted fields of one example."""
+        known, size = self.manifest.fields, self.image_size
+        if fields is None:
+            fields = [k for k, f in known.items() if f.kind in BATCHED]
+        spec = {}
+        for name in fields:
+            if name not in known:
+                raise UserError(f'field {name!r} is not in {self.root}{nearest(name, known)}')
+            field = known[name]
+            if field.kind == 'image':
+                spec[name] = (*size, field.shape[2]), np.dtype(field.dtype)
+                if 'valid' in known or self._pads:
+                    spec['valid'] = (*size, known['valid'].shape[2] if 'valid' in known else 1), np.dtype(bool)
+            elif field.kind == 'label_map':
+                spec[name] = size, np.dtype(np.int32)
+            elif field.kind in ('text', 'valid') or None in field.shape:
+                raise UserError(f'field {name!r} of {self.root} ({field.kind}, shape {field.shape}) cannot be batched')
+            elif field.kind == 'label':
+                spec[name] = field.shape, np.dtype('int32' if np.dtype(field.dtype).kind in 'iu' else 'float32')
+            else:
+                spec[name] = field.shape, np.dtype(field.dtype)
+        return spec
+
+    @property
+    def _pads(self) -> bool:
+        """Whether `valid` must be there to mark padding: for all examples, so that batches have one structure."""
+        size = self.manifest.image_size
+        if size is None:
+            return self.fit != 'cover'
+        return decode.needs_padding(size, self.image_size, self.fit)
+
+    def _load(self, split: str, fields: Sequence[str] | None, limit: int | None, weighted: bool = False) -> 'Load':
+        return Load(source=self.source(split), name=f'{self.root}, split {split!r}', spec=self._spec(split, fields),
+                    canvas=self.image_size, fit=self.fit, manifest=self.manifest, weighted=weighted,
+                    total=self._count(split, None), count=self._count(split, limit))
+
+    def _batches(self, order: grain.MapDataset, load: 'Load', batch: int, start: int, process_index: int,
+                 process_count: int) -> grain.IterDataset:
+        if batch < 1 or batch % process_count:
+            raise UserError(f'batch {batch} is not divisible by {process_count} processes')
+        dataset = BlockShard(order, batch, process_index, process_count).map(load)
+        dataset = dataset.batch(batch // process_count, drop_remainder=True)[start:]
+        # grain's default of 500 buffered elements are batches here, and fill any memory.
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.prefetch)
+        dataset = dataset.to_iter_dataset(options)
+        if self.workers:
+            if not flags.FLAGS.is_parsed():   # grain reads its own flags when it starts workers
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=self.prefetch)
+            dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+        return dataset
+
+
+class Batches:
+    """The host batches of an evaluation: sized, and fresh on every iteration."""
+
+    def __init__(self, dataset: grain.IterDataset, length: int):
+        self.dataset, self.length = dataset, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        iterator = iter(self.dataset)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+class Examples:
+    """The examples of a converted split, as their converter wrote them."""
+
+    def __init__(self, source: ShardSource):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return records.decode(self.source[index])
+
+
+class Shuffle(grain.MapDataset):
+    """A permutation of `parent`, a new one in every epoch, that is kept as an array while it is in use."""
+
+    def __init__(self, parent: grain.MapDataset, seed: int):
+        super().__init__(parent)
+        self.order_seed = seed
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, row = divmod(index, len(self))
+        return self._parent[epoch * len(self) + int(_permutation(self.order_seed, epoch, len(self))[row])]
+
+
+@functools.lru_cache(4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class BlockShard(grain.MapDataset):
+    """The i-th of n contiguous blocks of every global batch of `parent`, as (position, element).
+
+    Splitting into blocks, and not every n-th element, keeps the rows of a global batch in order when the processes'
+    parts are put together.
+    """
+
+    def __init__(self, parent: grain.MapDataset, batch: int, i: int, n: int):
+        super().__init__(parent)
+        self.batch_size, self.block = batch, batch // n
+        self.offset = i * self.block
+
+    def __len__(self) -> int:
+        return len(self._parent) // self.batch_size * self.block
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(index, self.block)
+        position = step * self.batch_size + self.offset + row
+        return position, self._parent[position]
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """(position, place in the epoch) -> one host example: read, decode, brought to the canvas. Runs in workers."""
+    source: Sequence[Mapping[str, Any]]
+    name: str
+    spec: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+    canvas: tuple[int, int]
+    fit: decode.Fit
+    manifest: Manifest
+    weighted: bool
+    total: int      # records of the split
+    count: int      # of which are used
+
+    def __call__(self, element: tuple[int, int]) -> dict[str, np.ndarray]:
+        position, place = element
+        row = min(place, self.count - 1) * self.total // self.count
+        stored: Mapping[str, Any] = {}
+        try:
+            stored = self.source[row]
+            example = self.decode(stored)
+        except ValueError as error:
+            raise UserError(f"{self.name}: example {stored.get('key', row)} is damaged: {error}") from error
+        example |= {'index': np.int32(row), 'position': np.uint32(position % 2 ** 32)}
+        if self.weighted:
+            example['weight'] = np.float32(place < self.count)
+        return example
+
+    def decode(self, stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The wanted fields of an example as stored.
+
+        Raises:
+          ValueError: it cannot be decoded, or is not what the manifest says.
+        """
+        wanted = {k: v for k, v in stored.items() if k in self.spec}
+        if not self.spec.keys().isdisjoint(('image', 'label_map')):
+            wanted |= self._pixels(stored)
+        example = {}
+        for name, (shape, dtype) in self.spec.items():
+            x = np.asarray(wanted[name])
+            if x.dtype != dtype and self.manifest.fields[name].kind in ('label', 'label_map'):
+                x = x.astype(dtype)
+            if x.shape != shape or x.dtype != dtype:
+                raise ValueError(f'{name} is {x.dtype} {x.shape}, expected {dtype} {shape}')
+            example[name] = x
+        return example
+
+    def _pixels(self, stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        fields = self.manifest.fields
+        image, valid, label_map = (stored.get(k) for k in ('image', 'valid', 'label_map'))
+        if isinstance(image, bytes):
+            image = decode.decode_image(image, fields['image'].shape[2])
+        if isinstance(label_map, bytes):
+            label_map = decode.decode_image(label_map, 1)[..., 0]
+        if valid is not None:
+            valid = decode.unpack_valid(valid, (*image.shape[:2], fields['valid'].shape[2]))
+        periods = [c.period for c in self.manifest.channels]
+        image, valid, label_map = decode.to_canvas(image, valid, label_map, canvas=self.canvas, fit=self.fit,
+                                                   periods=periods)
+        pixels = {'image': image, 'valid': valid, 'label_map': label_map}
+        if valid is None and 'valid' in self.spec:
+            pixels['valid'] = np.ones((*self.canvas, 1), bool)
+        return {k: v for k, v in pixels.items() if k in self.spec}
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in every worker process."""
+    # grain imports jax where it is installed; should anything touch it here, it must not take an accelerator.
+    if 'jax' in sys.modules:
+        sys.modules['jax'].config.update('jax_platforms', 'cpu')
+    # A worker whose parent was killed would go on filling its buffer. (Linux's PR_SET_PDEATHSIG follows the thread that
+    # started the worker, which grain ends on close, while the worker may hold a lock of the queue.)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    connection.wait([parent_process().sentinel])
+    os._exit(1)

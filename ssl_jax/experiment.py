@@ -1,0 +1,153 @@
+"""A config as objects: everything that shapes can tell is built and checked before any array is allocated."""
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax import config as configs
+from ssl_jax import flops
+from ssl_jax.checkpoint import Checkpoint
+from ssl_jax.config import Duration
+from ssl_jax.data.pipeline import Data
+from ssl_jax.errors import UserError
+from ssl_jax.optim import Optim
+from ssl_jax.sharding import Layout
+from ssl_jax.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The top level of a config file.
+
+    Args:
+      batch: global, over all devices and accumulation parts.
+      duration: of the run: '800ep', '5000'.
+      precision: of the forward and backward pass; parameters, moments and losses are float32 in both.
+      accumulate: parts that a batch goes through in, one after another, before the update.
+      init_from: a run or checkpoint folder whose encoder this run starts from; see `checkpoint.graft`.
+      evals: evaluator specs by tag.
+      log_every: steps between lines of the metrics log.
+      wandb: arguments of `wandb.init`; None logs to files only.
+    """
+    objective: Mapping[str, Any]
+    view: Mapping[str, Any]
+    data: Mapping[str, Any]
+    optim: Mapping[str, Any]
+    batch: int
+    duration: Duration
+    seed: int = 0
+    precision: Literal['bf16', 'f32'] = 'bf16'
+    accumulate: int = 1
+    init_from: str | Mapping[str, Any] | None = None
+    evals: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    checkpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    log_every: int = 50
+    wandb: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config as objects: every mistake that shapes can show has been found, and nothing is allocated yet."""
+    experiment: Experiment
+    layout: Layout
+    data: Data
+    view: Any
+    objective: Any
+    optim: Optim
+    tx: Any
+    schedules: Mapping[str, Any]
+    evals: Mapping[str, Any]
+    checkpoint: Checkpoint
+    state: TrainState          # shapes with their shardings
+    batch: Mapping[str, Any]   # shapes of a host batch, all processes together
+    steps_per_epoch: int
+    total_steps: int
+    flops_per_step: float
+
+    def every(self, duration: Duration | None, where: str) -> int:
+        """A period in steps; None is the whole run."""
+        if duration is None:
+            return self.total_steps
+        return max(1, configs.steps(duration, where=where, steps_per_epoch=self.steps_per_epoch,
+                                    total_steps=self.total_steps))
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where each leaf of the state lives."""
+        return jax.tree.map(lambda x: x.sharding, self.state)
+
+    @property
+    def position(self) -> dict[str, int]:
+        """What gives a step its place in the data."""
+        return dict(seed=self.experiment.seed, batch=self.experiment.batch,
+                    records=self.data.records)
+
+    def init(self) -> TrainState:
+        """A fresh state, made in place on the devices that hold it."""
+        return jax.jit(functools.partial(_init, self.objective, self.tx, self.experiment.seed),
+                       out_shardings=self.shardings)()
+
+
+def _init(objective, tx, seed):
+    params, aux = objective.init(jax.random.key(seed))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), aux=aux)
+
+
+def assemble(config: Mapping[str, Any], workdir: str) -> Run:
+    """Builds everything that `config` names; see `Run`.
+
+    Raises:
+      UserError: whatever does not fit, in one line.
+    """
+    experiment = configs.bind(Experiment, config, where='')()
+    layout = configs.bind(Layout, experiment.mesh, where='mesh')()
+    _check_batch(experiment, layout)
+
+    data = configs.bind(Data, experiment.data, where='data')()
+    steps_per_epoch = data.steps_per_epoch(experiment.batch)
+    total_steps = configs.steps(experiment.duration, where='duration', steps_per_epoch=steps_per_epoch)
+
+    view = configs.build('views', experiment.view, where='view', image_size=data.image_size, channels=data.channels)
+    context = dict(image_size=view.size, channels=len(data.channels), classes=len(data.classes),
+                   dtype={'bf16': 'bfloat16', 'f32': 'float32'}[experiment.precision],
+                   total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    objective = configs.build('objectives', experiment.objective, where='objective', **context)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, _ = jax.eval_shape(objective.init, key)
+    optim = configs.bind(Optim, experiment.optim, where='optim')()
+    tx, schedules = optim.make(params, batch=experiment.batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+
+    state = jax.eval_shape(functools.partial(_init, objective, tx, experiment.seed))
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
+                         layout.shardings(state))
+
+    evals = {tag: configs.build('evals', spec, where=f'evals.{tag}', data=data, layout=layout, batch=experiment.batch,
+                                workdir=workdir, tag=tag) for tag, spec in experiment.evals.items()}
+
+    batch = data.abstract(experiment.batch)
+    plain = configs.build('objectives', flops.without_remat(experiment.objective), where='objective', **context)
+    grad = jax.grad(lambda p, a, b, k: plain.loss(p, a, b, step=jnp.zeros((), jnp.int32), key=k)[0])
+    flops_per_step = flops.count(grad, state.params, state.aux, jax.eval_shape(view.train, batch, key), key)
+
+    checkpoint = configs.bind(Checkpoint, experiment.checkpoint, where='checkpoint')()
+    run = Run(experiment=experiment, layout=layout, data=data, view=view, objective=objective, optim=optim, tx=tx,
+              schedules=schedules, evals=evals, checkpoint=checkpoint, state=state, batch=batch,
+              steps_per_epoch=steps_per_epoch, total_steps=total_steps, flops_per_step=flops_per_step)
+    run.every(run.checkpoint.every, 'checkpoint.every')
+    for tag, evaluator in evals.items():
+        run.every(evaluator.every, f'evals.{tag}.every')
+    return run
+
+
+def _check_batch(experiment: Experiment, layout: Layout) -> None:
+    parts = layout.batch_parts * experiment.accumulate
+    if experiment.accumulate < 1 or experiment.batch < 1 or experiment.batch % parts:
+        raise UserError(f'config.batch={experiment.batch}: expected a multiple of {layout.batch_parts} devices '
+                        f'x config.accumulate={experiment.accumulate}')
+    if experiment.log_every < 1:
+        raise UserError(f'config.log_every={experiment.log_every}: expected at least 1')

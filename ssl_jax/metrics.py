@@ -1,0 +1,182 @@
+"""Where numbers and pictures go (JSONL, TensorBoard, W&B when asked), and the meter behind the progress line."""
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ssl_jax.errors import UserError
+
+
+class Writer:
+    """Writes to WORKDIR/metrics.jsonl, images/<tag>/<step>*.png and tensorboard/; only the first process does.
+
+    Args:
+      start: the step a run continues from. What an interrupted run logged beyond it is dropped, as it will come again.
+      config: what W&B stores with the run.
+      wandb: arguments of `wandb.init` (needs the extra `wandb`), or None.
+    """
+
+    def __init__(self, workdir: str, *, start: int, active: bool = True, config: Mapping[str, Any] | None = None,
+                 wandb: Mapping[str, Any] | None = None):
+        self._folder, self._active = pathlib.Path(workdir), active
+        if not active:
+            return
+        path = self._folder / 'metrics.jsonl'
+        self._done = _drop_after(path, start) if path.exists() else {}
+        self._jsonl = path.open('a', buffering=1)
+        from tensorboardX import SummaryWriter
+        self._tensorboard = SummaryWriter(str(self._folder / 'tensorboard'), purge_step=start + 1 if start else None)
+        self._wandb = _start_wandb(wandb, workdir, config) if wandb is not None else None
+
+    def evaluated(self, step: int, tag: str) -> dict[str, float]:
+        """What the evaluator `tag` wrote at `step` before the run was interrupted; empty if it had not finished."""
+        values = self._done.get(step, {}) if self._active else {}
+        return {k: v for k, v in values.items() if k.startswith(tag + '/')}
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One JSON line: 'step' and name -> number. Non-finite numbers become null, which JSON has."""
+        if not self._active:
+            return
+        values = {k: float(v) for k, v in values.items()}
+        line = {'step': step} | {k: v if np.isfinite(v) else None for k, v in values.items()}
+        self._jsonl.write(json.dumps(line) + '\n')
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def images(self, step: int, tag: str, images: Mapping[str, np.ndarray]) -> None:
+        """(H, W, 3) or (H, W) uint8 arrays as PNG files and TensorBoard images."""
+        if not self._active or not images:
+            return
+        from PIL import Image
+        folder = self._folder / 'images' / tag
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, image in images.items():
+            Image.fromarray(image).save(folder / f'{step:08d}_{name.replace("/", "_")}.png')
+            rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
+            self._tensorboard.add_image(f'{tag}/{name}', rgb, step, dataformats='HWC')
+        if self._wandb:
+            import wandb
+            self._wandb.log({f'{tag}/{name}': wandb.Image(image) for name, image in images.items()}, step=step)
+
+    def close(self) -> None:
+        if self._active:
+            self._jsonl.close()
+            self._tensorboard.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> dict[int, dict[str, float]]:
+    """Keeps the whole lines of steps up to `step`, in one atomic move, and returns their values by step."""
+    kept, values = [], {}
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be cut short
+        if entry['step'] <= step:
+            kept.append(line + '\n')
+            values.setdefault(entry['step'], {}).update(entry)
+    fresh = path.with_suffix('.tmp')
+    fresh.write_text(''.join(kept))
+    os.replace(fresh, path)
+    return values
+
+
+def _start_wandb(arguments: Mapping[str, Any], workdir: str, config: Mapping[str, Any] | None):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("config.wandb is set but wandb is not installed: pip install 'ssl_jax[wandb]'") from error
+    return wandb.init(dir=workdir, config=config, resume='allow', **arguments)
+
+
+class Meter:
+    """Images per second, share of the time spent waiting for data, MFU and time left, between two calls of `read`.
+
+    Args:
+      flops_per_step: of the model alone (forward and backward, nothing recomputed).
+      peak_flops: per second, of all devices together; None where it is not known.
+    """
+
+    def __init__(self, *, step: int, total_steps: int, batch: int, flops_per_step: float, peak_flops: float | None):
+        self._step, self._total, self._batch = step, total_steps, batch
+        self._flops, self._peak = flops_per_step, peak_flops
+        self._since = time.perf_counter()
+        self._waited = self._paused = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Time in which the loop had nothing to do but wait for the next batch."""
+        self._waited += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Time of evaluation and compilation: not counted as training."""
+        self._paused += seconds
+
+    def read(self, step: int) -> dict[str, float]:
+        """Rates since the last call, none if that was at `step` too; call it when the device has finished `step`."""
+        now, steps = time.perf_counter(), step - self._step
+        elapsed = max(now - self._since - self._paused, 1e-9)
+        per_step = elapsed / max(steps, 1)
+        rates = {} if not steps else {'images_per_s': self._batch / per_step, 'data_wait_percent': 100 * self._waited / elapsed,
+                 'eta_s': per_step * (self._total - step), 'gflops_per_s': self._flops / per_step / 1e9}
+        if self._peak and steps:
+            rates['mfu_percent'] = 100 * self._flops / per_step / self._peak
+        self._since, self._step, self._waited, self._paused = now, step, 0.0, 0.0
+        return rates
+
+
+class Progress:
+    """One line that is rewritten on a terminal, and one line per report in a log file."""
+
+    def __init__(self, *, active: bool = True):
+        self._active, self._rewrite = active, sys.stderr.isatty()
+
+    def report(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        if not self._active:
+            return
+        parts = [f'step {step}/{total}', f'loss {metrics["loss"]:.4f}', f'lr {metrics["lr"]:.2e}']
+        if 'images_per_s' in metrics:
+            parts += [f'{metrics["images_per_s"]:,.0f} images/s', f'data wait {metrics["data_wait_percent"]:.0f}%']
+        if 'mfu_percent' in metrics:
+            parts.append(f'MFU {metrics["mfu_percent"]:.1f}%')
+        if 'eta_s' in metrics:
+            parts.append(f'ETA {duration(metrics["eta_s"])}')
+        text = '  '.join(parts)
+        start, end = ('\r\x1b[K', '') if self._rewrite else ('', '\n')
+        print(start + text, end=end, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._active:
+            print(f'\r\x1b[K{text}' if self._rewrite else text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'1d 02:03:04'."""
+    days, rest = divmod(int(seconds), 86400)
+    clock = f'{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}'
+    return f'{days}d {clock}' if days else clock
+
+
+def table(results: Mapping[str, float]) -> str:
+    """Evaluation results '<tag>/<metric>' as text, each beside its baseline '<tag>/random/<metric>'."""
+    rows = []
+    for name, value in results.items():
+        tag, _, metric = name.partition('/')
+        if metric.startswith('random/'):
+            continue
+        baseline = results.get(f'{tag}/random/{metric}')
+        rows.append((name, f'{value:.4g}', '' if baseline is None else f'{baseline:.4g}'))
+    head = ('metric', 'trained', 'random weights')
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
+    rule = tuple('-' * w for w in widths)
+    return '\n'.join('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+                     for row in [head, rule, *rows])

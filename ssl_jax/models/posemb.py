@@ -1,0 +1,69 @@
+"""Position tables of vision transformers: fixed sin-cos, and resizing to another grid of patches."""
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Rule = Literal['torch', 'antialias', 'dino']
+
+
+def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
+    """Fixed 2-D sine-cosine table of MAE (He et al. 2022, arXiv:2111.06377, appendix A.1; layout of its code).
+
+    The first half of the channels encodes the column, the second the row; each half is [sin(p w_k), cos(p w_k)]
+    with w_k = 10000 ** (-k / (width / 4)) and p the integer grid index.
+
+    Args:
+      width: channels, a multiple of 4.
+      grid: (rows, columns).
+    Returns:
+      (rows * columns, width) float64, row by row.
+    """
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing='ij')
+    omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    angles = [p.reshape(-1, 1) * omega for p in (columns, rows)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+
+
+def resize(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], rule: Rule) -> jax.Array:
+    """A position table for another grid of patches, by separable cubic interpolation.
+
+    Args:
+      table: (rows * columns, width) for `grid`.
+      grid, new_grid: (rows, columns).
+      rule: 'torch' is MAE's (a = -0.75, clamped edges, no antialiasing); 'dino' the same with the sampling step
+        grid / (new_grid + 0.1) of DINO's code; 'antialias' is timm's (a = -0.5, kernel widened when shrinking).
+    Returns:
+      (new rows * new columns, width); the table itself where the grid stays the same.
+    """
+    if grid == new_grid:
+        return table
+    x = table.reshape(*grid, -1)
+    rows, columns = (jnp.asarray(cubic_matrix(g, n, rule), x.dtype) for g, n in zip(grid, new_grid))
+    x = jnp.einsum('ih,jw,hwd->ijd', rows, columns, x, precision='highest')
+    return x.reshape(-1, x.shape[-1])
+
+
+def cubic_matrix(source: int, target: int, rule: Rule) -> np.ndarray:
+    """(target, source) float64 interpolation weights of one axis, pixel centres at half-integers."""
+    step = source / (target + (0.1 if rule == 'dino' else 0))
+    stretch = max(step, 1.0) if rule == 'antialias' else 1.0
+    matrix = np.zeros((target, source))
+    for i in range(target):
+        centre = (i + 0.5) * step - 0.5
+        # A tap that leaves the grid is left out by the antialiased kernel, and read from the edge by the other.
+        for j in range(math.floor(centre - 2 * stretch) - 1, math.ceil(centre + 2 * stretch) + 2):
+            weight = cubic((j - centre) / stretch, -0.5 if rule == 'antialias' else -0.75)
+            if rule != 'antialias' or 0 <= j < source:
+                matrix[i, min(max(j, 0), source - 1)] += weight
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def cubic(x: float, a: float) -> float:
+    """Keys' cubic convolution kernel (Keys 1981, doi:10.1109/TASSP.1981.1163711, equation 15 for a = -0.5)."""
+    x = abs(x)
+    if x < 1:
+        return (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1
+    return a * (x ** 3 - 5 * x ** 2 + 8 * x - 4) if x < 2 else 0.0

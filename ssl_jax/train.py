@@ -1,0 +1,140 @@
+"""The one loop: pretraining, fine-tuning, probing and segmentation differ in what they plug in, not here."""
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssl_jax import config as configs
+from ssl_jax import flops
+from ssl_jax.checkpoint import Checkpoints, graft
+from ssl_jax.errors import UserError
+from ssl_jax.experiment import Run, assemble
+from ssl_jax.metrics import Meter, Progress, Writer, table
+from ssl_jax.step import make_train_step
+
+
+def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
+    """Runs `config` in `workdir`, from its newest checkpoint if there is one.
+
+    Returns:
+      The evaluators' results after the last step, '<tag>/<metric>' -> number.
+    """
+    run = assemble(config, workdir)
+    experiment, layout, first_process = run.experiment, run.layout, jax.process_index() == 0
+    progress = Progress(active=first_process)
+    os.makedirs(workdir, exist_ok=True)
+    if first_process:
+        _write_atomically(pathlib.Path(workdir, 'config.json'), json.dumps(configs.plain(config), indent=2) + '\n')
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(layout.mesh))
+
+        # Restore, or initialise and graft.
+        checkpoints = Checkpoints(workdir, keep=run.checkpoint.keep, position=run.position)
+        stack.callback(checkpoints.close)
+        start = checkpoints.latest() or 0
+        if start:
+            state = checkpoints.restore(run.state)
+            progress.say(f'continuing {workdir} from step {start} of {run.total_steps}')
+        else:
+            state = run.init()
+            if experiment.init_from is not None:
+                state = graft(state, experiment.init_from)
+
+        # Data from the very example where the checkpoint left off: its position is a function of the step alone.
+        block, blocks = layout.block()
+        iterator = run.data.train(seed=experiment.seed, batch=experiment.batch, start=start,
+                                  process_index=block, process_count=blocks)
+        stack.callback(iterator.close)
+
+        writer = Writer(workdir, start=start, active=first_process, config=configs.plain(config),
+                        wandb=experiment.wandb)
+        stack.callback(writer.close)
+
+        step_fn = make_train_step(run.objective, run.view, run.tx, accumulate=experiment.accumulate)
+        train_step = jax.jit(lambda state, batch: step_fn(state, batch, jax.random.key(experiment.seed)),
+                             donate_argnums=0, out_shardings=(run.shardings, None))
+        save_every = run.every(run.checkpoint.every, 'checkpoint.every')
+        eval_every = {tag: run.every(e.every, f'evals.{tag}.every') for tag, e in run.evals.items()}
+        peak = flops.peak_flops(jax.devices()[0])
+        meter = Meter(step=start, total_steps=run.total_steps, batch=experiment.batch,
+                      flops_per_step=run.flops_per_step, peak_flops=peak and peak * jax.device_count())
+        results = {}
+
+        def evaluate(step):
+            for tag, evaluator in run.evals.items():
+                if step % eval_every[tag] and step != run.total_steps:
+                    continue
+                found = writer.evaluated(step, tag)
+                if not found:
+                    values = evaluator.run(run.objective, run.view, state)
+                    found = {f'{tag}/{k}': float(v) for k, v in values.items() if np.ndim(v) == 0}
+                    writer.images(step, tag, {k: v for k, v in values.items() if np.ndim(v) > 0})
+                    writer.scalars(step, found)
+                results.update(found)
+
+        # An implicit copy between host and device in here would cost every step: it is an error.
+        stack.enter_context(jax.transfer_guard('disallow'))
+        if start:
+            evaluate(start)
+        previous = None
+        for step in range(start, run.total_steps):
+            began = time.perf_counter()
+            host_batch = next(iterator)
+            if previous is None or previous[1].is_ready():  # else the device was busy meanwhile
+                meter.waited(time.perf_counter() - began)
+            state, metrics = train_step(state, layout.put(host_batch))
+
+            # One step behind, so that the device never waits for the host.
+            if previous is not None:
+                _stop_if_not_finite(*previous, run, workdir)
+            previous = step, metrics['loss'], host_batch
+            done = step + 1
+            if done == start + 1:  # tracing and compilation are no part of the rate
+                jax.block_until_ready(state)
+                meter.read(done)
+
+            log, save = done % experiment.log_every == 0, done % save_every == 0
+            if log or save or done == run.total_steps:
+                _stop_if_not_finite(*previous, run, workdir)
+            if log or done == run.total_steps:
+                values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                values |= {name: float(schedule(step)) for name, schedule in run.schedules.items()} | meter.read(done)
+                writer.scalars(done, values)
+                progress.report(done, run.total_steps, values)
+            if save or done == run.total_steps:
+                checkpoints.save(done, state)
+            began = time.perf_counter()
+            evaluate(done)
+            meter.paused(time.perf_counter() - began)
+
+    progress.say(f'{run.total_steps} steps done, results in {workdir}')
+    if results and first_process:
+        print(table(results), flush=True)
+    return results
+
+
+def _stop_if_not_finite(step: int, loss: jax.Array, host_batch: Mapping[str, np.ndarray], run: Run,
+                        workdir: str) -> None:
+    """Ends the run at a NaN or infinite loss; the batch is kept as .npz, so that the step can be replayed."""
+    loss = float(jax.device_get(loss))
+    if np.isfinite(loss):
+        return
+    path = pathlib.Path(workdir, f'nonfinite_step{step:08d}_process{jax.process_index()}.npz')
+    np.savez(path, **host_batch)
+    keys = run.data.keys(run.data.split, host_batch['index'])
+    shown = ', '.join(keys[:8]) + (f' and {len(keys) - 8} more' if len(keys) > 8 else '')
+    raise UserError(f'loss is {loss} at step {step}, examples {shown}: the batch is in {path}, '
+                    'the last checkpoint is from before it')
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,249 @@
+"""One random view of one example: what every view is built from."""
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssl_jax import config
+from ssl_jax.data.source import Channel
+from ssl_jax.errors import UserError
+from ssl_jax.views import ops
+from ssl_jax.views.options import Blur, Crop, Jitter, Rotation, Solarise, check
+from ssl_jax.views.phases import Phases
+from ssl_jax.views.warp import Method, Warp, central_box, random_box, warp, warp_nearest
+
+Example = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """A recipe for views of one size. Without options it resizes, crops the centre and normalises.
+
+    The order is: crop, flips, quarter turns and rotation (one warp); jitter; grey; blur; solarise; normalisation.
+
+    *Phases* (`Channel.kind`) are interpolated and blurred as sine and cosine, so that a wrap stays sharp; colour
+    operations leave them alone.
+
+    *Invalid pixels* never contribute. An output value is the weighted mean of the valid pixels under the kernel; it is
+    valid where these carry at least half of the kernel's weight (normalised convolution, Knutsson and Westin 1993).
+    Invalid output is 0 after normalisation.
+
+    *Units*: geometry works on raw values. For colour operations unsigned integers are divided by their largest value.
+    These, and float channels that the manifest knows to lie in [0, 1], are clamped to that range as in torchvision.
+    Other values are not: there brightness and contrast are plain blends, hue and solarise are refused.
+
+    Args:
+      size: (height, width) of the view, an int for a square, None for the canvas.
+      hflip, vflip, quarter_turns, grey: probabilities. A quarter turn is by 90, 180 or 270 degrees, drawn evenly.
+      antialias: stretch the kernel when shrinking, as Pillow does; otherwise sample as torch's interpolate does.
+      resize: shorter side to which the canvas is resized before the central crop; None for the smallest that covers
+        `size`. For evaluation, and for training where no random crop is made.
+      mean, std: per channel in raw units, in place of the manifest's.
+      image_size: (height, width) of the canvas.
+    Raises:
+      UserError: a value out of range, or an operation that makes no sense for these channels.
+    """
+    size: tuple[int, int] | int | None = None
+    crop: Crop | Mapping[str, Any] | None = None
+    hflip: float = 0.0
+    vflip: float = 0.0
+    quarter_turns: float = 0.0
+    rotation: Rotation | Mapping[str, Any] | None = None
+    interpolation: Method = 'bicubic'
+    antialias: bool = True
+    jitter: Jitter | Mapping[str, Any] | None = None
+    grey: float = 0.0
+    blur: Blur | Mapping[str, Any] | None = None
+    solarise: Solarise | Mapping[str, Any] | None = None
+    resize: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: tuple[int, int]
+    channels: tuple[Channel, ...]
+
+    def __post_init__(self):
+        size = self.image_size if self.size is None else self.size
+        object.__setattr__(self, 'size', (size, size) if isinstance(size, int) else tuple(size))
+        for option in (Crop, Rotation, Jitter, Blur, Solarise):
+            name = option.__name__.lower()
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, config.bind(option, value, where=f'view.{name}')())
+        for name in ('hflip', 'vflip', 'quarter_turns', 'grey'):
+            check(name, getattr(self, name))
+        for name in ('mean', 'std'):
+            given = getattr(self, name)
+            values = tuple(getattr(c, name) for c in self.channels) if given is None else given
+            if len(values) != len(self.channels):
+                raise UserError(f'config.view: {name} has {len(values)} values for {len(self.channels)} channels')
+            object.__setattr__(self, name, values)
+        self._check()
+
+    def _check(self):
+        if min(self.size) < 1:
+            raise UserError(f'config.view: size={self.size}: expected at least 1 pixel')
+        try:
+            central_box(self.image_size, self.size, self.resize)
+        except ValueError as e:
+            raise UserError(f'config.view: resize={self.resize}: {e}') from e
+        if self.quarter_turns and self.size[0] != self.size[1]:
+            raise UserError(f'config.view: quarter_turns={self.quarter_turns} needs a square view, not {self.size}')
+        colour = self.grey or (self.jitter and (self.jitter.saturation or self.jitter.hue))
+        if colour and not self.rgb:
+            listed = ', '.join(f'{c.name} ({c.kind}, unit {c.unit!r})' for c in self.channels)
+            raise UserError(f'config.view: grey, saturation and hue need three linear channels of one unit: {listed}')
+        if (self.jitter or self.solarise) and not self.phases.linear:
+            raise UserError('config.view: jitter and solarise leave phases alone, and there are no other channels')
+        for c, std in zip(self.channels, self.std):
+            if not 0 < std < float('inf'):
+                raise UserError(f'channel {c.name!r} has standard deviation {std}, expected a positive number: '
+                                'drop a constant channel, or set config.view.std')
+
+    @functools.cached_property
+    def phases(self) -> Phases:
+        return Phases(self.channels)
+
+    @property
+    def rgb(self) -> bool:
+        """Whether the channels are three linear ones of one unit."""
+        return len(self.channels) == self.phases.linear == 3 and len({c.unit for c in self.channels}) == 1
+
+    def random(self, example: Example, key: jax.Array) -> dict[str, jax.Array]:
+        """An augmented view of one example.
+
+        Args:
+          example: 'image' (H, W, C) of any dtype; optionally 'valid' (H, W, 1 or C) bool, 'label_map' (H, W); other
+            fields are passed on.
+        Returns:
+          'image' (h, w, C) float32, normalised; 'valid' (h, w, 1 or C) if it was there or the rotation's border is
+          'zero'; 'label_map' (h, w) of nearest pixels, 0 outside the canvas.
+        """
+        warp_key, jitter_key, grey_key, blur_key, solarise_key = jax.random.split(key, 5)
+        geometry = self._geometry(example['image'].shape[:2], warp_key)
+        x, valid, out = self._warped(example, geometry, self.rotation)
+        unit, clamp = self._unit(example['image'].dtype)
+        if self.jitter:
+            x = self._on_linear(x, lambda x: self._jittered(x, valid, jitter_key, clamp), unit)
+        if self.grey:
+            fires = jax.random.bernoulli(grey_key, self.grey)
+            x = self._on_linear(x, lambda x: jnp.where(fires, ops.grey(x), x))
+        if self.blur:
+            x = self._blurred(x, valid, blur_key)
+        if self.solarise:
+            inverts = jax.random.bernoulli(solarise_key, self.solarise.probability)
+            x = self._on_linear(x, lambda x: jnp.where(inverts, ops.solarise(x, self.solarise.threshold), x), unit)
+        return out | self._normalised(x, valid)
+
+    def central(self, example: Example) -> dict[str, jax.Array]:
+        """The deterministic view of one example: resized, centre-cropped and normalised. See `random`."""
+        x, valid, out = self._warped(example, self._central(example['image'].shape[:2]), None, beyond=True)
+        return out | self._normalised(x, valid)
+
+    def denormalise(self, image):
+        """(..., C) back in raw units."""
+        return image * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
+
+    def _central(self, source: tuple[int, int]) -> Warp | None:
+        """None where the view is the canvas itself."""
+        box = central_box(source, self.size, self.resize)
+        return None if box == (0, 0, *source) and source == self.size else Warp(*box)
+
+    def _geometry(self, source: tuple[int, int], key: jax.Array) -> Warp | None:
+        keys = iter(jax.random.split(key, 8))
+        fires = lambda probability: jax.random.bernoulli(next(keys), probability)
+        geometry = self._central(source)
+        if not (self.crop or self.hflip or self.vflip or self.quarter_turns or self.rotation):
+            return geometry
+        box = (0, 0, *source) if geometry is None else geometry[:4]
+        if self.crop:
+            drawn = random_box(next(keys), source, self.crop.scale, self.crop.ratio)
+            cropped = fires(self.crop.probability)
+            box = [jnp.where(cropped, d, b) for d, b in zip(drawn, box)]
+        geometry = Warp(*box, flip_rows=fires(self.vflip), flip_columns=fires(self.hflip))
+        if self.quarter_turns:
+            turns = jax.random.randint(next(keys), (), 1, 4)
+            geometry = geometry.turned(jnp.where(fires(self.quarter_turns), turns, 0))
+        if self.rotation:
+            limit = self.rotation.degrees
+            degrees = jax.random.uniform(next(keys), minval=-limit, maxval=limit)
+            geometry = geometry._replace(degrees=jnp.where(fires(self.rotation.probability), degrees, 0.0))
+        return geometry
+
+    def _warped(self, example: Example, geometry: Warp | None, rotation: Rotation | None, *, beyond: bool = False):
+        """The encoded image, its validity or None, and the other fields."""
+        out = dict(example)
+        image, valid = out.pop('image'), out.pop('valid', None)
+        if image.shape[-1] != len(self.channels):
+            raise UserError(f'images have {image.shape[-1]} channels, the manifest names {len(self.channels)}')
+        x = self.phases.encode(image)
+        if valid is not None:
+            x = jnp.where(self.phases.spread(valid), x, 0)
+        if geometry is None:
+            return x, valid, out
+        turning = dict(reach=rotation.degrees, border=rotation.border) if rotation else {}
+        if valid is None and rotation and rotation.border == 'zero':
+            valid = jnp.ones((*image.shape[:2], 1), bool)
+        move = functools.partial(warp, geometry=geometry, size=self.size, method=self.interpolation,
+                                 antialias=self.antialias, beyond=beyond, **turning)
+        x, share = self._averaged(move, x, valid)
+        if valid is not None:
+            valid = share >= 0.5
+            x = jnp.where(self.phases.spread(valid), x, 0)
+        if 'label_map' in out:
+            out['label_map'] = warp_nearest(out['label_map'], geometry, self.size, **turning)
+        unit, clamp = self._unit(image.dtype)
+        if clamp:   # bicubic interpolation overshoots at edges
+            x = self._on_linear(x, lambda x: jnp.clip(x, 0, unit))
+        return x, valid, out
+
+    def _averaged(self, linear: Callable[[jax.Array], jax.Array], x: jax.Array, valid: jax.Array | None):
+        """A linear filter of the valid pixels alone, and the share of its weight that they carry (h, w, 1 or C)."""
+        if valid is None:
+            return linear(x), None
+        count = x.shape[-1]
+        x = jnp.where(self.phases.spread(valid), x, 0)
+        parts = linear(jnp.concatenate([x, valid.astype(jnp.float32)], -1))
+        share = parts[..., count:]
+        return parts[..., :count] / self.phases.spread(jnp.where(share > 0, share, 1)), share
+
+    def _unit(self, dtype) -> tuple[float, bool]:
+        """What the linear channels are divided by for colour operations, and whether they lie in [0, 1] then."""
+        if jnp.issubdtype(dtype, jnp.unsignedinteger):
+            return float(jnp.iinfo(dtype).max), True
+        outside = [c for c in self.channels if c.kind == 'linear' and not 0 <= c.minimum <= c.maximum <= 1]
+        if outside and (self.solarise or (self.jitter and self.jitter.hue)):
+            c = outside[0]
+            raise UserError('config.view: hue and solarise need unsigned integers or values in [0, 1], '
+                            f'channel {c.name!r} is {jnp.dtype(dtype)} in [{c.minimum}, {c.maximum}]')
+        return 1.0, not outside
+
+    def _on_linear(self, x: jax.Array, function: Callable[[jax.Array], jax.Array], unit: float = 1.0) -> jax.Array:
+        count = self.phases.linear
+        return jnp.concatenate([function(x[..., :count] / unit) * unit, x[..., count:]], -1)
+
+    def _jittered(self, x: jax.Array, valid: jax.Array | None, key: jax.Array, clamp: bool) -> jax.Array:
+        choice_key, order_key, factor_key = jax.random.split(key, 3)
+        low, high = np.asarray(self.jitter.ranges, np.float32).T[..., None]
+        neutral = np.asarray([1, 1, 1, 0], np.float32)[:len(low), None]
+        factors = jax.random.uniform(factor_key, (len(low), 1 if self.rgb else x.shape[-1]), minval=low, maxval=high)
+        factors = jnp.where(jax.random.bernoulli(choice_key, self.jitter.probability), factors, neutral)
+        order = jax.random.permutation(order_key, len(low))
+        if valid is not None:
+            valid = self.phases.spread(valid)[..., :self.phases.linear]
+        return ops.jitter(x, order, factors, rgb=self.rgb, valid=valid, clamp=clamp)
+
+    def _blurred(self, x: jax.Array, valid: jax.Array | None, key: jax.Array) -> jax.Array:
+        choice_key, sigma_key = jax.random.split(key)
+        low, high = self.blur.sigma
+        sigma = jax.random.uniform(sigma_key, minval=low, maxval=high)
+        y, _ = self._averaged(functools.partial(ops.blur, sigma=sigma, kernel=self.blur.kernel), x, valid)
+        return jnp.where(jax.random.bernoulli(choice_key, self.blur.probability), y, x)
+
+    def _normalised(self, x: jax.Array, valid: jax.Array | None) -> dict[str, jax.Array]:
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        image = ops.normalise(self.phases.decode(x), mean, std)
+        return {'image': image} if valid is None else {'image': jnp.where(valid, image, 0), 'valid': valid}

@@ -1,0 +1,23 @@
+"""Two CPU devices for the whole suite, compiled programs kept for the session, and small data sets."""
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
+
+import sys
+
+import pytest
+from absl import flags
+
+# grain's worker processes look up an absl flag.
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS(sys.argv[:1])
+
+
+@pytest.fixture(scope='session')
+def real_data():
+    """The folder of real data, or a skip."""
+    import pathlib
+    if not os.environ.get('SSL_JAX_DATA'):
+        pytest.skip('needs real data: set SSL_JAX_DATA to its folder')
+    return pathlib.Path(os.environ['SSL_JAX_DATA'])

@@ -1,0 +1,90 @@
+"""Who may import whom, and names that must not appear."""
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PRODUCT = sorted(p for folder in ('ssl_jax', 'data_prep', 'configs', 'launch') for p in (ROOT / folder).rglob('*.py'))
+
+# Modules of ssl_jax that each part may import; what is not named may be imported by nobody but itself.
+LEAVES = {'errors'}
+ALLOWED = {
+    'errors': set(),
+    'config': LEAVES,
+    'schedules': LEAVES | {'config'},
+    'losses': LEAVES,
+    'masking': LEAVES,
+    'flops': LEAVES,
+    'models': LEAVES | {'config'},
+    'data': LEAVES | {'config'},
+    'step': LEAVES,
+    'sharding': LEAVES,
+    'optim': LEAVES | {'config', 'schedules', 'sharding'},
+    'views': LEAVES | {'config', 'data', 'step'},
+    'objectives': LEAVES | {'config', 'losses', 'masking', 'models', 'schedules', 'step'},
+    'evals': LEAVES | {'config', 'data', 'pictures', 'sharding', 'step'},
+    'pictures': LEAVES | {'data'},
+    'metrics': LEAVES,
+    'checkpoint': LEAVES | {'config', 'sharding', 'step'},
+    'experiment': LEAVES | {'checkpoint', 'config', 'data', 'flops', 'optim', 'sharding', 'step'},
+    'train': LEAVES | {'checkpoint', 'config', 'experiment', 'flops', 'metrics', 'step'},
+    'describe': LEAVES | {'config', 'data', 'experiment', 'flops', 'pictures'},
+    'main': LEAVES | {'data', 'describe', 'train'},
+}
+TOOLS = set(ALLOWED)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Absolute module names, each with the names imported from it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f'{path}: relative import'
+            found |= {f'{node.module}.{alias.name}' for alias in node.names}
+    return found
+
+
+def part(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT / 'ssl_jax').parts[0].removesuffix('.py')
+
+
+@pytest.mark.parametrize('path', [p for p in PRODUCT if p.is_relative_to(ROOT / 'ssl_jax') and p.name != '__init__.py'],
+                         ids=lambda p: str(p.relative_to(ROOT)))
+def test_import_direction(path):
+    own = part(path)
+    allowed = (TOOLS if own == 'tools' else ALLOWED[own]) | {own}
+    used = {name.split('.')[1] for name in imports(path) if name.startswith('ssl_jax.')}
+    assert used <= allowed, f'{path.name} imports {sorted(used - allowed)}'
+
+
+def test_data_never_imports_jax():
+    for path in PRODUCT:
+        if path.is_relative_to(ROOT / 'data_prep') or path.is_relative_to(ROOT / 'ssl_jax/data'):
+            roots = {name.split('.')[0] for name in imports(path)}
+            assert not roots & {'jax', 'flax', 'optax', 'orbax'}, path
+
+
+def test_no_torch_no_tensorflow_no_pickle():
+    for path in PRODUCT:
+        assert not {n.split('.')[0] for n in imports(path)} & {'torch', 'tensorflow', 'pickle'}, path
+
+
+@pytest.mark.parametrize('name, pattern', {
+    'stateful nnx transforms': r'nnx\.(jit|grad|value_and_grad|scan|vmap|remat|Optimizer|EMA)\b',
+    'defaults at the point of use': r'config\.get\(',
+    'global random state': r'np\.random\.(?!default_rng|Generator|SeedSequence|PCG64|Philox)\w+\(',
+    'unfinished code': r'TODO|FIXME|XXX|NotImplementedError',
+    'swallowed exceptions': r'except( Exception)?:\s*(pass)?\s*$',
+}.items())
+def test_banned(name, pattern):
+    found = [f'{p.relative_to(ROOT)}:{i}' for p in PRODUCT
+             for i, line in enumerate(p.read_text().splitlines(), 1) if re.search(pattern, line)]
+    assert not found, f'{name}: {found}'
+
+
+def test_no_utils():
+    assert not [p for p in PRODUCT if p.name in ('utils.py', 'helpers.py', 'misc.py')]

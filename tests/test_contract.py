@@ -1,0 +1,136 @@
+"""What every objective must fulfil, found by listing the folder."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from ssl_jax import config
+from ssl_jax.sharding import Layout, path_name
+from ssl_jax.step import TrainState, make_train_step
+
+# Parts of aux that an objective may change while it trains, by objective.
+MOVING_AUX = {'mae': (), 'classify': (), 'classify-frozen': ('stats',)}
+VOCABULARY = {'cls', 'patches', 'logits', 'recon', 'mask'}
+BATCH = 8
+
+every_objective = pytest.mark.parametrize('name', tiny.OBJECTIVES)
+
+
+class AsIs:
+    """The view of images that are normalised already."""
+    def train(self, batch, key):
+        return batch
+
+    eval = train
+
+
+def build(name, *, size=(32, 32), channels=3):
+    return config.build('objectives', tiny.OBJECTIVES[name], where='objective', image_size=size, channels=channels,
+                        classes=2, dtype='float32', total_steps=10, steps_per_epoch=2)
+
+
+def make_batch(size=(32, 32), channels=3, valid=False):
+    rng = np.random.default_rng(0)
+    batch = {'image': rng.normal(size=(BATCH, *size, channels)).astype('f4'), 'label': np.arange(BATCH, dtype='i4') % 2,
+             'index': np.arange(BATCH, dtype='i4'), 'position': np.arange(BATCH, dtype='u4')}
+    if valid:
+        batch['valid'] = rng.uniform(size=(BATCH, *size, 1)) > 0.3
+        batch['image'] = np.where(batch['valid'], batch['image'], 0)
+    return batch
+
+
+def start(objective, tx):
+    def init(key):
+        params, aux = objective.init(key)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), aux=aux)
+    return jax.jit(init)(jax.random.key(0))
+
+
+def leaves(tree):
+    return {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def test_every_objective_is_here():
+    assert {spec['name'] for spec in tiny.OBJECTIVES.values()} == set(config.plugins('objectives'))
+    assert set(MOVING_AUX) == set(tiny.OBJECTIVES)
+
+
+@every_objective
+def test_two_steps(name):
+    """Finite loss, one compilation, every parameter moves, nothing else does."""
+    objective, tx = build(name), optax.adam(1e-2)
+    traced = []
+
+    def loss(*args, **kwargs):
+        traced.append(1)
+        return type(objective).loss(objective, *args, **kwargs)
+
+    before = start(objective, tx)
+    step = jax.jit(make_train_step(type('Traced', (), dict(loss=staticmethod(loss), update_aux=objective.update_aux)),
+                                   AsIs(), tx))
+    state = before
+    for _ in range(2):
+        state, metrics = step(state, make_batch(), jax.random.key(1))
+        assert np.isfinite(metrics['loss']) and metrics['loss'].shape == () and metrics['loss'].dtype == np.float32
+    assert len(traced) == 1 and state.step == 2
+    still = [p for p, x in leaves(before.params).items() if np.array_equal(x, leaves(state.params)[p])]
+    assert not still, f'parameters that did not move: {still}'
+    moved = {p for p, x in leaves(before.aux).items() if not np.array_equal(x, leaves(state.aux)[p])}
+    assert {p.split('/')[0] for p in moved} == set(MOVING_AUX[name])
+
+
+@every_objective
+def test_same_seed_same_bits(name):
+    objective, tx = build(name), optax.adam(1e-2)
+    step = jax.jit(make_train_step(objective, AsIs(), tx))
+    one, two = (step(start(objective, tx), make_batch(), jax.random.key(1))[0] for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@every_objective
+@pytest.mark.parametrize('mesh', [dict(data=2), dict(data=1, fsdp=2), dict(data=1, tensor=2)], ids=str)
+def test_sharded_equals_replicated(name, mesh):
+    objective, tx = build(name), optax.sgd(0.1)
+    key = jax.random.key(1)
+    alone, alone_metrics = jax.jit(make_train_step(objective, AsIs(), tx))(start(objective, tx), make_batch(), key)
+
+    layout = Layout(min_size=1, **mesh)
+    with jax.set_mesh(layout.mesh):
+        state = jax.device_put(start(objective, tx), layout.shardings(jax.eval_shape(lambda: start(objective, tx))))
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        step = jax.jit(make_train_step(objective, AsIs(), tx), out_shardings=(shardings, None))
+        state, metrics = step(state, layout.put(make_batch()), key)
+    if 'fsdp' in mesh or 'tensor' in mesh:
+        assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+    assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(metrics['loss'], alone_metrics['loss'], rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), state.params, alone.params)
+
+
+@every_objective
+@pytest.mark.parametrize('channels', [1, 3, 9])
+@pytest.mark.parametrize('size', [(32, 32), (64, 96)], ids=str)
+@pytest.mark.parametrize('valid', [False, True])
+def test_shapes(name, channels, size, valid):
+    objective = build(name, size=size, channels=channels)
+    batch = make_batch(size, channels, valid)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, aux = jax.eval_shape(objective.init, key)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    loss, (new_aux, metrics) = jax.eval_shape(lambda p, a, b, k: objective.loss(p, a, b, step=0, key=k),
+                                              params, aux, batch, key)
+    assert loss.shape == () and loss.dtype == jnp.float32
+    assert all(m.shape == () for m in metrics.values()) and 'loss' in metrics
+    assert jax.tree.structure(new_aux) == jax.tree.structure(aux)
+    out = jax.eval_shape(objective.predict, params, aux, batch)
+    assert {'cls', 'patches'} <= set(out) <= VOCABULARY
+    (b, n, d), (h, w) = out['patches'].shape, size
+    assert out['cls'].shape == (BATCH, d) and b == BATCH and n == h * w // 64
+    if 'logits' in out:
+        assert out['logits'].shape == (BATCH, 2)
+    if 'recon' in out:
+        assert out['recon'].shape == (BATCH, h, w, channels) and out['mask'].shape == (BATCH, n)

@@ -1,0 +1,44 @@
+"""A data set of striped images, small enough for every test: class = direction of the stripes."""
+import zlib
+
+import numpy as np
+from data_prep.convert import ChannelSpec, Dataset, Item, convert
+from ssl_jax.data.source import Manifest
+
+
+def load(item: Item) -> dict:
+    size, channels, invalid = item.data
+    rng = np.random.default_rng(zlib.crc32(item.key.encode()))
+    along = np.arange(size[1 - item.label])
+    wave = np.sin(along * rng.uniform(0.6, 1.2) + rng.uniform(0, 6))
+    image = np.broadcast_to(wave if item.label == 0 else wave[:, None], size)[..., None]
+    image = (image + rng.normal(size=(*size, channels)) * 0.3).astype('f4')
+    if invalid:
+        image[:5, :9] = np.nan
+    return {'image': image}
+
+
+def write(out, *, size=(32, 32), channels=3, train=24, invalid=False) -> Manifest:
+    """Converts train + 8 val + 8 test images into `out`."""
+    splits = {'train': train, 'val': 8, 'test': 8}
+    items = {split: [Item(f'{split}{i}', label=i % 2, data=(size, channels, invalid)) for i in range(n)]
+             for split, n in splits.items()}
+    return convert(Dataset('stripes', [ChannelSpec(f'c{i}') for i in range(channels)], ('across', 'down'), items, load,
+                           {'converter': 'stripes'}, always_valid=not invalid), out, quiet=True)
+
+
+ENCODER = dict(name='vit', patch=8, width=32, depth=2, heads=2)
+
+# For every objective, the smallest thing that shows all its parts.
+OBJECTIVES = {
+    'mae': dict(name='mae', encoder=ENCODER, decoder=dict(width=16, depth=1, heads=2)),
+    'classify': dict(name='classify', encoder=ENCODER),
+    'classify-frozen': dict(name='classify', encoder=ENCODER, frozen=True),
+}
+
+
+def config(root, objective='mae', **changes):
+    """A whole config for a run on `root`."""
+    return dict(objective=OBJECTIVES[objective], view=dict(name='single', hflip=0.5, crop=dict(scale=(0.5, 1.0))),
+                data=dict(root=str(root), threads=1), optim=dict(name='adamw', lr=1e-3, warmup=2, weight_decay=0.05),
+                batch=8, duration=6, precision='f32', log_every=1, checkpoint=dict(every=2, keep=2)) | changes
