@@ -83,8 +83,9 @@ def convert(dataset: Dataset, out: str | os.PathLike, *, shard_mb: float = 256, 
         write_shards(plan, dataset.items, tasks, workers=workers, quiet=quiet)
         contents = {s: _collect(plan, dataset, [t for t in tasks if t.split == s]) for s in dataset.items}
         for split, content in contents.items():
-            counts = checks.report_classes(dataset, content.split.class_counts)
-            say(f'{split}: {content.split.records} examples{counts}\n{checks.report_channels(dataset, content.statistics)}')
+            say(f'{split}: {content.split.records} examples'
+                f'{checks.report_classes(dataset, content.split.class_counts)}\n'
+                f'{checks.report_channels(dataset, content.statistics)}')
         checks.check_contents(dataset, contents, allow_duplicates, say)
         manifest = _manifest(plan, dataset, contents, fingerprint)
         manifest.save(out)

@@ -22,12 +22,13 @@ def mogi(x: np.ndarray, y: np.ndarray, *, depth: float, volume: float, poisson: 
     return scale * x, scale * y, scale * depth
 
 
-def okada(x: np.ndarray, y: np.ndarray, *, depth: float, dip: float, length: float, width: float, strike_slip: float = 0.0,
-          dip_slip: float = 0.0, opening: float = 0.0, poisson: float = POISSON) -> Displacement:
-    """A rectangular dislocation in its own axes (Okada 1985, BSSA 75, eqs. 24-29: the surface displacement).
+def okada(x: np.ndarray, y: np.ndarray, *, depth: float, dip: float, length: float, width: float,
+          strike_slip: float = 0.0, dip_slip: float = 0.0, opening: float = 0.0,
+          poisson: float = POISSON) -> Displacement:
+    """A rectangular dislocation in its own axes: the surface displacement of Okada 1985 (BSSA 75), eqs. 24-30.
 
-    The x axis runs along the strike, y to the left of it, and the origin lies above the fault's lower left corner: the rectangle
-    reaches from x = 0 to `length` and from its lower edge at `depth` upwards over `width` at angle `dip`.
+    The x axis runs along the strike, y to the left of it, and the origin lies above an end of the rectangle's lower
+    edge: it reaches from x = 0 to `length`, and from `depth` upwards over `width` at angle `dip`.
 
     Args:
       x, y: m, any shape.
@@ -41,7 +42,7 @@ def okada(x: np.ndarray, y: np.ndarray, *, depth: float, dip: float, length: flo
     cos = 0.0 if abs(cos) < 1e-9 else cos
     x, y = np.broadcast_arrays(np.asarray(x, np.float64), np.asarray(y, np.float64))
     p, q = y * cos + depth * sin, y * sin - depth * cos
-    corners = ((x, p, 1), (x, p - width, -1), (x - length, p, -1), (x - length, p - width, 1))      # Chinnery's notation
+    corners = (x, p, 1), (x, p - width, -1), (x - length, p, -1), (x - length, p - width, 1)   # eq. 24
     slip, total = (strike_slip, dip_slip, opening), [0.0, 0.0, 0.0]
     for xi, eta, sign in corners:
         for axis, value in enumerate(_okada_corner(xi, eta, q, sin, cos, slip, 1 - 2 * poisson)):
@@ -53,7 +54,7 @@ def _okada_corner(xi, eta, q, sin, cos, slip, alpha) -> Displacement:
     """Okada's f(xi, eta); `alpha` is mu / (lambda + mu)."""
     r = np.sqrt(xi * xi + eta * eta + q * q)
     y, d = eta * cos + q * sin, eta * sin - q * cos
-    # The limits given below eq. 30, where a corner lies straight above, below or in line with the point.
+    # Where terms are singular, in line with an edge, straight beyond an end or on the plane: the limits of Okada's text.
     in_line = np.abs(r + eta) < 1e-9 * (1 + r)
     per_eta = np.where(in_line, 0.0, 1 / np.where(in_line, 1.0, r * (r + eta)))
     log_eta = np.where(in_line, -np.log(np.where(in_line, r - eta, 1.0)), np.log(np.where(in_line, 1.0, r + eta)))
@@ -112,18 +113,21 @@ def sheet(x: np.ndarray, y: np.ndarray, *, depth: float, dip: float, strike: flo
 
 
 def line_of_sight(*, ascending: bool, incidence: float = 39.0, inclination: float = 12.0) -> np.ndarray:
-    """Unit vector (east, north, up) from the ground to a right-looking satellite (Hanssen 2001, sec. 5.1).
+    """Unit vector (east, north, up) from the ground to a right-looking satellite (Hanssen 2001, ch. 5).
 
     Args:
       incidence: degrees from the vertical.
-      inclination: degrees between the ground track and the meridian; Sentinel-1 flies at heading -12 (ascending) or 192.
+      inclination: degrees between ground track and meridian; Sentinel-1 flies at heading -12 (ascending) or 192.
     """
-    heading, incidence = np.radians(-inclination if ascending else 180 + inclination), np.radians(incidence)
-    return np.array([-np.sin(incidence) * np.cos(heading), np.sin(incidence) * np.sin(heading), np.cos(incidence)])
+    heading, tilt = np.radians(-inclination if ascending else 180 + inclination), np.radians(incidence)
+    return np.array([-np.sin(tilt) * np.cos(heading), np.sin(tilt) * np.sin(heading), np.cos(tilt)])
 
 
 def to_phase(displacement: Displacement, sight: np.ndarray, wavelength: float = WAVELENGTH) -> np.ndarray:
-    """Unwrapped interferometric phase, rad: a motion towards the satellite shortens the two-way path (Hanssen 2001, eq. 2.1.4)."""
+    """Unwrapped interferometric phase, rad: -4 pi / wavelength per metre of motion towards the satellite.
+
+    Such motion shortens the two-way path (Hanssen 2001, ch. 2).
+    """
     return -4 * np.pi / wavelength * sum(u * s for u, s in zip(displacement, sight))
 
 

@@ -13,8 +13,8 @@ def stratified(items: Sequence[Any], fractions: Mapping[str, float], *, seed: in
     """Draws the splits named in `fractions` out of `items`, and leaves the others to the split `rest`.
 
     The draw is per class and by whole groups: an item without a group is one of its own, and a group counts as of its
-    most frequent class. A split takes groups in random order up to its fraction of the class's items, but at least one
-    where the class has more groups than there are fractions. Within a split, items keep their order.
+    most frequent class. A split takes groups in random order as long as they fit in its fraction of the class's items;
+    where none fits, the smallest, if the class has more groups than there are fractions. Items keep their order.
 
     Args:
       items: with .key, .group and .label.
@@ -35,11 +35,18 @@ def stratified(items: Sequence[Any], fractions: Mapping[str, float], *, seed: in
         order = [members[i] for i in np.random.default_rng([seed, *label.encode()]).permutation(len(members))]
         total = sum(len(groups[g]) for g in members)
         for split, fraction in fractions.items():
-            taken = 0
-            while len(order) > 1 and (taken + len(groups[order[-1]]) <= fraction * total + 1e-9
-                                      or not taken and len(members) > len(fractions)):
-                taken += len(groups[order[-1]])
-                chosen[order.pop()] = split
+            room, left = fraction * total + 1e-9, []
+            for group in order:
+                if len(groups[group]) <= room:
+                    room -= len(groups[group])
+                    chosen[group] = split
+                else:
+                    left.append(group)
+            if len(left) == len(order) and len(members) > len(fractions):
+                smallest = min(left, key=lambda g: len(groups[g]))
+                left.remove(smallest)
+                chosen[smallest] = split
+            order = left
     splits = {s: [] for s in (rest, *fractions)}
     for item in items:
         splits[chosen.get(_group(item), rest)].append(item)

@@ -7,6 +7,7 @@ the anchor, hence a percentile is off by at most 0.2 % of the channel's range. M
 the same data give the same bits for any number of workers.
 """
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -103,29 +104,33 @@ class Statistics:
         if not n:
             return Summary(*[float('nan')] * 4, {str(p): float('nan') for p in PERCENTILES}, 0, pixels)
         bins = np.flatnonzero(counts)
-        ends = np.cumsum(counts[bins])
-        ranks = [p / 100 * (n - 1) for p in PERCENTILES]
         if self.exact:
-            # Python's integers: sums of squares of 16-bit values pass 2**63 in large data sets.
-            values = [int(b) + self.first for b in bins]
-            total = sum(v * int(k) for v, k in zip(values, counts[bins]))
-            square = sum(v * v * int(k) for v, k in zip(values, counts[bins]))
+            # Python's integers: the sum of the squares of many 16-bit values passes 2**63.
+            values = [(int(b) + self.first, int(k)) for b, k in zip(bins, counts[bins])]
+            total, square = sum(v * k for v, k in values), sum(v * v * k for v, k in values)
             mean, variance = total / n, (n * square - total * total) / (n * n)
-            minimum, maximum = float(values[0]), float(values[-1])
-            at = lambda rank: values[int(np.searchsorted(ends, rank, side='right'))]
-            quantiles = [at(int(r)) + (r % 1) * (at(min(int(r) + 1, n - 1)) - at(int(r))) for r in ranks]
+            minimum, maximum = float(values[0][0]), float(values[-1][0])
         else:
             shift, square = self.sums[c] / n
-            mean, variance = float(self.anchors[c] + shift), float(max(square - shift * shift, 0.0))
+            mean, variance = self.anchors[c] + shift, max(square - shift * shift, 0.0)
             minimum, maximum = map(float, self.limits[c])
-            quantiles = []
-            for r in ranks:
-                k = int(np.searchsorted(ends, r, side='right'))
-                low, high = _value(bins[k]), _value(bins[k] + 1)
-                inside = (r - (ends[k] - counts[bins[k]]) + 0.5) / counts[bins[k]]
-                quantiles.append(float(np.clip(self.anchors[c] + low + inside * (high - low), minimum, maximum)))
-        percentiles = {str(p): float(v) for p, v in zip(PERCENTILES, quantiles)}
-        return Summary(float(mean), float(np.sqrt(variance)), minimum, maximum, percentiles, n, pixels)
+        ends = np.cumsum(counts[bins])
+
+        def ranked(k: int) -> float:
+            """The k-th smallest value: exact for integers, else as if a bin's values lay evenly in it."""
+            i = int(np.searchsorted(ends, k, side='right'))
+            if self.exact:
+                return float(bins[i] + self.first)
+            low, high = _edge(bins[i]), _edge(bins[i] + 1)
+            inside = (k - ends[i] + counts[bins[i]] + 0.5) / counts[bins[i]]
+            return float(np.clip(self.anchors[c] + low + inside * (high - low), minimum, maximum))
+
+        percentiles = {}
+        for p in PERCENTILES:
+            rank = p / 100 * (n - 1)
+            low, high = ranked(math.floor(rank)), ranked(math.ceil(rank))
+            percentiles[str(p)] = low + (rank - math.floor(rank)) * (high - low)
+        return Summary(float(mean), math.sqrt(variance), minimum, maximum, percentiles, n, pixels)
 
 
 def _ordered(x: np.ndarray) -> np.ndarray:
@@ -134,7 +139,7 @@ def _ordered(x: np.ndarray) -> np.ndarray:
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 
 
-def _value(index: int) -> float:
+def _edge(index: int) -> float:
     """The lower edge of a bin: inverse of `_ordered(x) >> (32 - _BITS)`, kept within the finite floats."""
     ordered = min(int(index) << (32 - _BITS), 0xFF7FFFFF)
     bits = ordered & 0x7FFFFFFF if ordered >> 31 else ~ordered & 0xFFFFFFFF

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
+from PIL import Image
 
-from ssl_jax import flops
+from ssl_jax import flops, pictures
 from ssl_jax.experiment import Run, assemble
-#from ssl_jax.pictures import grid
 
 Tree = Any
 
@@ -21,7 +21,7 @@ def describe(config: Mapping[str, Any], workdir: str) -> None:
 
     Draws WORKDIR/views.png, the first augmented batch, if the data set is on this machine.
     """
-    run = assemble(config, workdir, require_data=False)
+    run = assemble(config, workdir, need_data=False)
     print('\n'.join(text(run)))
     if run.data.exists():
         path = pathlib.Path(workdir, 'views.png')
@@ -40,9 +40,12 @@ def text(run: Run) -> list[str]:
     lines = [
         f'data        {run.data.root}, split {split}: {records:,} records of {images[1]}x{images[2]}x{images[3]} '
         f'{run.batch["image"].dtype}',
-        f'run         {run.total_steps:,} steps of {experiment.batch:,} images, {run.steps_per_epoch:,} steps per epoch',
+        f'run         {run.total_steps:,} steps of {experiment.batch:,} images, {run.steps_per_epoch:,} steps per '
+        f'epoch, {run.total_steps / run.steps_per_epoch:,.4g} epochs',
         f'devices     {jax.device_count()} x {jax.devices()[0].device_kind}, mesh '
         + ' x '.join(f'{axis} {size}' for axis, size in run.layout.mesh.shape.items()),
+        f'optimiser   {experiment.optim["name"]}: '
+        + '; '.join(f'{count:,} parameters at {group}' for group, count in run.optim.groups(run.state.params)),
         '', parameter_overview.get_parameter_overview(run.state.params, include_stats='sharding'), '',
         'memory per device']
     activations = _activation_bytes(run)
@@ -61,11 +64,12 @@ def text(run: Run) -> list[str]:
               for name, schedule in run.schedules.items()]
 
     per_image = run.flops_per_step / experiment.batch
-    lines += ['', f'FLOPs       {per_image / 1e9:,.3f} GFLOP per image, {run.flops_per_step / 1e12:,.3f} TFLOP per step, '
-                  f'{run.flops_per_step * run.total_steps / 1e18:,.4g} EFLOP in all']
+    total = run.flops_per_step * run.total_steps
+    lines += ['', f'FLOPs       {per_image / 1e9:,.3f} GFLOP per image (forward and backward), '
+                  f'{run.flops_per_step / 1e12:,.3f} TFLOP per step, {total / 1e15:,.4g} PFLOP in all']
     peak = flops.peak_flops(jax.devices()[0])
     if peak:
-        hours = run.flops_per_step * run.total_steps / (peak * jax.device_count()) / 3600
+        hours = total / (peak * jax.device_count()) / 3600
         lines.append(f'            {hours:,.1f} hours at the full peak of {peak / 1e12:,.0f} TFLOP/s per device')
     return lines
 
@@ -90,12 +94,32 @@ def _activation_bytes(run: Run) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if part in x.shape[:2]) // run.layout.batch_parts
 
 
-def _draw(run: Run, path: pathlib.Path) -> None:
-    iterator = run.data.train(seed=run.experiment.seed, batch=run.experiment.batch, start=0, process_index=0,
-                              process_count=1)
-    try:
-        host = {k: v[:8] for k, v in next(iterator).items()}
-    finally:
-        iterator.close()
-    views = jax.jit(run.view.train)(host, jax.random.fold_in(jax.random.key(run.experiment.seed), 0))
-    #grid(np.asarray(jax.device_get(run.view.denormalise(views['image']))), host['image'], run.data.channels).save(path)
+def _draw(run: Run, path: pathlib.Path, count: int = 6) -> None:
+    """The first `count` examples of the first batch, as read and as the encoder will see them, channel by channel."""
+    iterator = run.data.train(seed=run.experiment.seed, batch=run.experiment.batch, start=0)
+    host = {k: v[:count] for k, v in next(iterator).items()}
+    iterator.close()
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(run.experiment.seed), 0))   # as the train step does
+    viewed = jax.device_get(jax.jit(run.view.train)(host, key))
+    before, after = host['image'].astype(np.float32), np.asarray(run.view.denormalise(viewed['image']))
+    channels = run.data.channels
+    rows, names = [], []
+    for title, images, valid in (('read', before, host.get('valid')), ('view', after, viewed.get('valid'))):
+        valid = np.ones(images.shape, bool) if valid is None else np.broadcast_to(valid, images.shape)
+        if pictures.is_rgb(channels):
+            low, high = np.percentile(before, (0, 100))
+            rows.append([pictures.paint_rgb(x, low, high, v.all(-1)) for x, v in zip(images, valid)])
+            names.append(title)
+            continue
+        for c, channel in enumerate(channels):
+            span = pictures.limits(before[..., c], channel)
+            rows.append([pictures.paint(x[..., c], channel, *span, v[..., c]) for x, v in zip(images, valid)])
+            names.append(f'{title} {channel.name}')
+    side = max(before.shape[1], after.shape[1])
+    rows = [[_pad(panel, side, max(before.shape[2], after.shape[2])) for panel in row] for row in rows]
+    Image.fromarray(pictures.sheet(rows, names)).save(path)
+
+
+def _pad(panel: np.ndarray, h: int, w: int) -> np.ndarray:
+    """White below and to the right, up to (h, w)."""
+    return np.pad(panel, ((0, h - panel.shape[0]), (0, w - panel.shape[1]), (0, 0)), constant_values=255)

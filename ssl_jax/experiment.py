@@ -83,8 +83,7 @@ class Run:
     @property
     def position(self) -> dict[str, int]:
         """What gives a step its place in the data."""
-        return dict(seed=self.experiment.seed, batch=self.experiment.batch,
-                    records=self.data.records)
+        return dict(seed=self.experiment.seed, batch=self.experiment.batch, records=self.data.records)
 
     def init(self) -> TrainState:
         """A fresh state, made in place on the devices that hold it."""
@@ -97,9 +96,11 @@ def _init(objective, tx, seed):
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), aux=aux)
 
 
-def assemble(config: Mapping[str, Any], workdir: str) -> Run:
+def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True) -> Run:
     """Builds everything that `config` names; see `Run`.
 
+    Args:
+      need_data: else the shapes in `config.data.planned` do where the data set is not there.
     Raises:
       UserError: whatever does not fit, in one line.
     """
@@ -107,7 +108,11 @@ def assemble(config: Mapping[str, Any], workdir: str) -> Run:
     layout = configs.bind(Layout, experiment.mesh, where='mesh')()
     _check_batch(experiment, layout)
 
+    optim = configs.bind(Optim, experiment.optim, where='optim')()
+    checkpoint = configs.bind(Checkpoint, experiment.checkpoint, where='checkpoint')()
+
     data = configs.bind(Data, experiment.data, where='data')()
+    data = data if need_data else data.or_planned()
     steps_per_epoch = data.steps_per_epoch(experiment.batch)
     total_steps = configs.steps(experiment.duration, where='duration', steps_per_epoch=steps_per_epoch)
 
@@ -119,7 +124,6 @@ def assemble(config: Mapping[str, Any], workdir: str) -> Run:
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, _ = jax.eval_shape(objective.init, key)
-    optim = configs.bind(Optim, experiment.optim, where='optim')()
     tx, schedules = optim.make(params, batch=experiment.batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
     state = jax.eval_shape(functools.partial(_init, objective, tx, experiment.seed))
@@ -127,14 +131,13 @@ def assemble(config: Mapping[str, Any], workdir: str) -> Run:
                          layout.shardings(state))
 
     evals = {tag: configs.build('evals', spec, where=f'evals.{tag}', data=data, layout=layout, batch=experiment.batch,
-                                workdir=workdir, tag=tag) for tag, spec in experiment.evals.items()}
+                                workdir=workdir, tag=tag) for tag, spec in experiment.evals.items() if data.exists()}
 
     batch = data.abstract(experiment.batch)
     plain = configs.build('objectives', flops.without_remat(experiment.objective), where='objective', **context)
     grad = jax.grad(lambda p, a, b, k: plain.loss(p, a, b, step=jnp.zeros((), jnp.int32), key=k)[0])
     flops_per_step = flops.count(grad, state.params, state.aux, jax.eval_shape(view.train, batch, key), key)
 
-    checkpoint = configs.bind(Checkpoint, experiment.checkpoint, where='checkpoint')()
     run = Run(experiment=experiment, layout=layout, data=data, view=view, objective=objective, optim=optim, tx=tx,
               schedules=schedules, evals=evals, checkpoint=checkpoint, state=state, batch=batch,
               steps_per_epoch=steps_per_epoch, total_steps=total_steps, flops_per_step=flops_per_step)

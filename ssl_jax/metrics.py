@@ -54,11 +54,8 @@ class Writer:
         """(H, W, 3) or (H, W) uint8 arrays as PNG files and TensorBoard images."""
         if not self._active or not images:
             return
-        from PIL import Image
-        folder = self._folder / 'images' / tag
-        folder.mkdir(parents=True, exist_ok=True)
+        save_images(self._folder, step, tag, images)
         for name, image in images.items():
-            Image.fromarray(image).save(folder / f'{step:08d}_{name.replace("/", "_")}.png')
             rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
             self._tensorboard.add_image(f'{tag}/{name}', rgb, step, dataformats='HWC')
         if self._wandb:
@@ -73,6 +70,22 @@ class Writer:
                 self._wandb.finish()
 
 
+def save_images(workdir: str | os.PathLike, step: int, tag: str, images: Mapping[str, np.ndarray]) -> None:
+    """(H, W, 3) or (H, W) uint8 arrays as WORKDIR/images/<tag>/<step>_<name>.png."""
+    from PIL import Image
+    folder = pathlib.Path(workdir, 'images', tag)
+    for name, image in images.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f'{step:08d}_{name.replace("/", "_")}.png')
+
+
+def write_atomic(path: pathlib.Path, text: str) -> None:
+    """The whole text or, whatever happens, what was there before."""
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def _drop_after(path: pathlib.Path, step: int) -> dict[int, dict[str, float]]:
     """Keeps the whole lines of steps up to `step`, in one atomic move, and returns their values by step."""
     kept, values = [], {}
@@ -84,9 +97,7 @@ def _drop_after(path: pathlib.Path, step: int) -> dict[int, dict[str, float]]:
         if entry['step'] <= step:
             kept.append(line + '\n')
             values.setdefault(entry['step'], {}).update(entry)
-    fresh = path.with_suffix('.tmp')
-    fresh.write_text(''.join(kept))
-    os.replace(fresh, path)
+    write_atomic(path, ''.join(kept))
     return values
 
 
@@ -125,12 +136,12 @@ class Meter:
         now, steps = time.perf_counter(), step - self._step
         elapsed = max(now - self._since - self._paused, 1e-9)
         per_step = elapsed / max(steps, 1)
-        rates = {} if not steps else {'images_per_s': self._batch / per_step, 'data_wait_percent': 100 * self._waited / elapsed,
+        rates = {'images_per_s': self._batch / per_step, 'data_wait_percent': 100 * self._waited / elapsed,
                  'eta_s': per_step * (self._total - step), 'gflops_per_s': self._flops / per_step / 1e9}
-        if self._peak and steps:
+        if self._peak:
             rates['mfu_percent'] = 100 * self._flops / per_step / self._peak
         self._since, self._step, self._waited, self._paused = now, step, 0.0, 0.0
-        return rates
+        return rates if steps else {}
 
 
 class Progress:

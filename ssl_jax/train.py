@@ -1,7 +1,6 @@
 """The one loop: pretraining, fine-tuning, probing and segmentation differ in what they plug in, not here."""
 import contextlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from ssl_jax import flops
 from ssl_jax.checkpoint import Checkpoints, graft
 from ssl_jax.errors import UserError
 from ssl_jax.experiment import Run, assemble
-from ssl_jax.metrics import Meter, Progress, Writer, table
+from ssl_jax.metrics import Meter, Progress, Writer, table, write_atomic
 from ssl_jax.step import make_train_step
 
 
@@ -28,9 +27,9 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
     run = assemble(config, workdir)
     experiment, layout, first_process = run.experiment, run.layout, jax.process_index() == 0
     progress = Progress(active=first_process)
-    os.makedirs(workdir, exist_ok=True)
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     if first_process:
-        _write_atomically(pathlib.Path(workdir, 'config.json'), json.dumps(configs.plain(config), indent=2) + '\n')
+        write_atomic(pathlib.Path(workdir, 'config.json'), json.dumps(configs.plain(config), indent=2) + '\n')
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(layout.mesh))
@@ -132,9 +131,3 @@ def _stop_if_not_finite(step: int, loss: jax.Array, host_batch: Mapping[str, np.
     shown = ', '.join(keys[:8]) + (f' and {len(keys) - 8} more' if len(keys) > 8 else '')
     raise UserError(f'loss is {loss} at step {step}, examples {shown}: the batch is in {path}, '
                     'the last checkpoint is from before it')
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -40,13 +40,14 @@ def tiny(image_size=(32, 32), channels=3, **options):
 
 
 def loss_fn(objective):
-    """(params, batch) -> loss, jitted, at one key."""
-    return jax.jit(lambda params, batch: objective.loss(params, {}, batch, step=0, key=jax.random.key(5))[0])
+    """(params, batch) -> loss at one key."""
+    return lambda params, batch: objective.loss(params, {}, batch, step=0, key=jax.random.key(5))[0]
 
 
-def grad_fn(objective):
-    return jax.jit(jax.value_and_grad(
-        lambda params, batch: objective.loss(params, {}, batch, step=0, key=jax.random.key(5))[0]))
+def forward(objective, params, batch):
+    """`reconstruct` with masks of a fixed noise."""
+    noise = jax.random.uniform(jax.random.key(0), (len(batch['image']), 16))
+    return jax.jit(lambda params, batch: objective.reconstruct(objective.net.bind(params), batch, noise))(params, batch)
 
 
 @pytest.fixture(scope='module')
@@ -89,8 +90,8 @@ def test_reference_forward_and_gradients(golden, weights, norm_pix):
 
 def test_reference_order_of_all_tokens(golden, weights):
     objective = golden_mae()
-    order = jnp.argsort(golden['noise'], axis=1)
-    latent = jax.jit(lambda params: objective.net.bind(params).encoder(nhwc(golden['x']), keep=order))(mae_to_tree(weights))
+    encode = lambda params, keep: objective.net.bind(params).encoder(nhwc(golden['x']), keep=keep)
+    latent = jax.jit(encode)(mae_to_tree(weights), jnp.argsort(golden['noise'], axis=1))
     assert_golden('mae', 'latent_ratio0', latent, golden['latent_ratio0'])
 
 
@@ -150,11 +151,12 @@ def test_initial_parameters_are_distributed_as_in_the_reference():
         if expected['std'] == 0:
             np.testing.assert_array_equal(value, expected['mean'], err_msg=name)
             continue
-        # Two draws of n values each.
-        np.testing.assert_allclose(value.mean(), expected['mean'], atol=5 * expected['std'] * (2 / n) ** 0.5, err_msg=name)
-        np.testing.assert_allclose(value.std(), expected['std'], rtol=5 / n ** 0.5, err_msg=name)
+        # Both are one draw of n values; the tokens are normal, all else is uniform.
+        assert abs(value.mean() - expected['mean']) < 5 * expected['std'] * (2 / n) ** 0.5, name
+        assert abs(value.std() / expected['std'] - 1) < 5 / n ** 0.5, name
         if 'token' not in name:
-            np.testing.assert_allclose([value.min(), value.max()], [expected['min'], expected['max']], rtol=20 / n, err_msg=name)
+            np.testing.assert_allclose(value.min(), expected['min'], rtol=20 / n, err_msg=name)
+            np.testing.assert_allclose(value.max(), expected['max'], rtol=20 / n, err_msg=name)
     layer = fresh['blocks.0.attn.qkv.weight'], fresh['blocks.1.attn.qkv.weight']
     assert abs(np.corrcoef(layer[0].ravel(), layer[1].ravel())[0, 1]) < 0.01
 
@@ -162,13 +164,14 @@ def test_initial_parameters_are_distributed_as_in_the_reference():
 @pytest.mark.parametrize('channels,image_size', [(1, (32, 32)), (9, (64, 96))])
 def test_predict(channels, image_size):
     objective, params, batch = tiny(image_size, channels, dtype='bfloat16')
-    out = jax.jit(objective.predict)(params, {}, batch)
+    out, loss = jax.jit(lambda params, batch: (objective.predict(params, {}, batch),
+                                               loss_fn(objective)(params, batch)))(params, batch)
     n = image_size[0] * image_size[1] // 64
     shapes = dict(cls=(4, 32), patches=(4, n, 32), recon=(4, *image_size, channels), mask=(4, n))
     assert {k: v.shape for k, v in out.items()} == shapes
     assert {v.dtype for v in out.values()} == {jnp.dtype('float32')}
     np.testing.assert_array_equal(out['mask'].sum(1), n - int(n * 0.25))
-    assert np.isfinite(jax.jit(objective.loss, static_argnames='step')(params, {}, batch, step=0, key=jax.random.key(0))[0])
+    assert np.isfinite(loss) and loss.dtype == jnp.float32
 
 
 def test_predict_masks_a_picture_alike_wherever_it_stands():
@@ -178,52 +181,40 @@ def test_predict_masks_a_picture_alike_wherever_it_stands():
     moved = predict(params, {}, {k: v[order] for k, v in batch.items()} | {'position': batch['position'] + 9})
     np.testing.assert_array_equal(moved['mask'], out['mask'][order])
     np.testing.assert_allclose(moved['recon'], out['recon'][order], rtol=1e-4, atol=1e-5)
-    assert len(np.unique(out['mask'], axis=0)) == 4
+    assert len(np.unique(out['mask'], axis=0)) > 2
 
 
 def test_reconstruction_is_in_the_units_of_the_image():
     objective, params, batch = tiny(norm_pix_loss=True)
-    shifted = batch | {'image': 5 + 3 * batch['image']}
-    pred = jax.jit(lambda params, batch: objective.predict(params, {}, batch) | {
-        'pred': objective.reconstruct(objective.net.bind(params), batch, jnp.zeros((4, 16)))['pred']})
-    for b in (batch, shifted):
-        recon, image = (layers.patchify(x, 8) for x in (pred(params, b)['recon'], b['image']))
-        noiseless = params | {'decoder': params['decoder'] | {
-            'pred': {'kernel': 0 * params['decoder']['pred']['kernel'], 'bias': jnp.ones(192)}}}
-        flat = layers.patchify(pred(noiseless, b)['recon'], 8)
-        np.testing.assert_allclose(flat, np.broadcast_to(
-            image.mean(-1, keepdims=True) + jnp.sqrt(image.var(-1, ddof=1, keepdims=True) + 1e-6), flat.shape), rtol=1e-4)
-        assert recon.shape == image.shape
+    # A decoder that predicts one deviation above the mean everywhere.
+    params['decoder']['pred'] = {'kernel': jnp.zeros((16, 192)), 'bias': jnp.ones(192)}
+    batch |= {'image': 5 + 3 * batch['image']}
+    recon = jax.jit(objective.predict)(params, {}, batch)['recon']
+    image = layers.patchify(np.asarray(batch['image']), 8)
+    expected = image.mean(-1, keepdims=True) + image.std(-1, ddof=1, keepdims=True)
+    np.testing.assert_allclose(layers.patchify(recon, 8), np.broadcast_to(expected, image.shape), rtol=1e-4)
 
 
 def test_permuted_examples_give_the_same_loss_and_masks():
     objective, params, batch = tiny()
-    loss, order = loss_fn(objective), jnp.asarray([3, 1, 0, 2])
+    loss, order = jax.jit(loss_fn(objective)), jnp.asarray([3, 1, 0, 2])
     moved = {k: v[order] for k, v in batch.items()}
     np.testing.assert_allclose(loss(params, moved), loss(params, batch), rtol=1e-5)
     other = loss(params, batch | {'position': batch['position'] + 1})
     assert abs(other - loss(params, batch)) > 1e-4
 
 
-@pytest.mark.parametrize('norm_pix', [False, True])
-def test_all_valid_is_the_plain_loss(norm_pix):
-    objective, params, batch = tiny(norm_pix_loss=norm_pix)
-    grad = grad_fn(objective)
+def test_missing_pixels_add_exactly_nothing():
+    objective, params, batch = tiny(norm_pix_loss=True)
+    grad = jax.jit(jax.value_and_grad(loss_fn(objective)))
     expected, expected_grads = grad(params, batch)
-    loss, grads = grad(params, batch | {'valid': jnp.ones((4, 32, 32, 1), bool)})
+    loss, grads = grad(params, batch | {'valid': jnp.ones((4, 32, 32, 3), bool)})
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, expected_grads)
-
-
-@pytest.mark.parametrize('norm_pix', [False, True])
-def test_missing_pixels_add_exactly_nothing(norm_pix):
-    objective, params, batch = tiny(norm_pix_loss=norm_pix)
-    rng = np.random.default_rng(1)
-    valid = rng.random((4, 32, 32, 3)) < 0.7
+    valid = np.random.default_rng(1).random((4, 32, 32, 3)) < 0.7
     valid[:2, :16] = False
-    grad = grad_fn(objective)
     loss, grads = grad(params, batch | {'valid': valid})
-    assert np.isfinite(loss)
+    assert np.isfinite(loss) and abs(loss - expected) > 1e-3
     for bad in (np.nan, np.inf, 1e30):
         image = jnp.where(valid, batch['image'], bad)
         bad_loss, bad_grads = grad(params, batch | {'image': image, 'valid': valid})
@@ -234,8 +225,7 @@ def test_missing_pixels_add_exactly_nothing(norm_pix):
 def test_targets_are_normalised_over_valid_pixels_only():
     objective, params, batch = tiny(norm_pix_loss=True)
     valid = np.random.default_rng(1).random((4, 32, 32, 1)) < 0.5
-    out = jax.jit(lambda params, batch: objective.reconstruct(
-        objective.net.bind(params), batch, jax.random.uniform(jax.random.key(0), (4, 16))))(params, batch | {'valid': valid})
+    out = forward(objective, params, batch | {'valid': valid})
     use = layers.patchify(np.broadcast_to(valid, (4, 32, 32, 3)), 8)
     target = np.ma.array(out['target'], mask=~use)
     np.testing.assert_allclose(target.mean(-1), 0, atol=1e-5)
@@ -246,15 +236,14 @@ def test_targets_are_normalised_over_valid_pixels_only():
 
 def test_channel_weights():
     objective, params, batch = tiny(channel_weights=(1, 0, 2.5))
-    out = jax.jit(lambda params, batch: objective.reconstruct(
-        objective.net.bind(params), batch, jax.random.uniform(jax.random.key(0), (4, 16))))(params, batch)
+    out = forward(objective, params, batch)
     error = layers.unpatchify((out['pred'] - out['target']) ** 2 * out['mask'][..., None], (4, 4), 8).sum((0, 1, 2))
     hidden = int(out['mask'].sum()) * 64
     np.testing.assert_allclose(out['loss'], (error[0] + 2.5 * error[2]) / hidden / 3.5, rtol=1e-5)
 
 
 def test_half_precision_loss_is_close_to_float32():
-    loss = [loss_fn(o)(p, b) for o, p, b in (tiny(dtype=d) for d in ('float32', 'bfloat16'))]
+    loss = [jax.jit(loss_fn(o))(p, b) for o, p, b in (tiny(dtype=d) for d in ('float32', 'bfloat16'))]
     assert loss[1].dtype == jnp.float32
     np.testing.assert_allclose(loss[1], loss[0], rtol=5e-3)
 

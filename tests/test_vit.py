@@ -120,7 +120,8 @@ def test_reference_finetuned_classifier():
 def test_reference_vit_small():
     golden = {k.removeprefix('vit_small_patch16_224/'): v for k, v in load('full_timm.npz').items()}
     net = Net(lambda rngs: ViT(size='S', image_size=(224, 224), channels=3, pos='learned', rngs=rngs))
-    shapes = jax.eval_shape(net.init, jax.random.key(0))[0] | {'head': {'kernel': np.empty((384, 10)), 'bias': np.empty(10)}}
+    shapes = jax.eval_shape(net.init, jax.random.key(0))[0]
+    shapes |= {'head': {'kernel': np.empty((384, 10)), 'bias': np.empty(10)}}
     weights = generate(tree_to_vit(jax.tree.map(lambda x: np.empty(x.shape), shapes)))
     assert sum(w.size for w in weights.values()) == golden['n_parameters']
     params, head = split_head(weights)

@@ -139,30 +139,39 @@ def _resample_pillow(image: np.ndarray, canvas: Size, spans) -> np.ndarray:
 
 
 @functools.lru_cache(64)
-def _weights(size: int, span: tuple[float, float], out: int) -> np.ndarray:
-    """(out, size) triangle-filter weights, one output sample per row."""
+def _taps(size: int, span: tuple[float, float], out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which input samples (out, n) enter each output sample, and the weights of a triangle filter (out, n)."""
     step = (span[1] - span[0]) / out
-    centre = span[0] + (np.arange(out) + 0.5) * step
-    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centre[:, None]) / max(step, 1))
-    weights /= weights.sum(1, keepdims=True)
-    weights.flags.writeable = False
-    return weights
+    reach = max(step, 1)
+    centre = (span[0] + (np.arange(out) + 0.5) * step)[:, None]
+    index = np.floor(centre - reach).astype(int) + np.arange(int(2 * reach) + 2)
+    weight = np.maximum(0, 1 - np.abs(index + 0.5 - centre) / reach) * ((index >= 0) & (index < size))
+    return np.clip(index, 0, size - 1), weight / weight.sum(1, keepdims=True)
+
+
+def _average(x: np.ndarray, taps) -> np.ndarray:
+    """Weighted averages along both axes of (H, W, C). Not a matrix product: BLAS starts threads of its own."""
+    for axis, (index, weight) in enumerate(taps):
+        weight = weight.astype(x.dtype).reshape(weight.shape[0], -1, *[1] * (2 - axis))
+        x = sum(weight[:, k] * np.take(x, index[:, k], axis) for k in range(index.shape[1]))
+    return x
 
 
 def _resample(image: np.ndarray, valid: np.ndarray | None, canvas: Size, spans, periods) -> np.ndarray:
-    size, dtype = image.shape[:2], image.dtype
+    dtype = image.dtype
     compute = np.result_type(dtype, np.float32)  # float64 for int32, which float32 cannot hold
-    rows, columns = (_weights(n, span, out).astype(compute) for n, span, out in zip(size, spans, canvas))
-    average = lambda x: columns @ (rows @ x.reshape(size[0], -1)).reshape(canvas[0], *x.shape[1:])
-    x, mask = image.astype(compute), np.ones((1, 1, 1), bool) if valid is None else valid
-    x = np.where(mask, x, 0)
-    weight = average(np.broadcast_to(mask, (*size, mask.shape[2])).astype(compute))
-    out = average(x) / np.where(weight > 0, weight, 1)
+    average = functools.partial(_average, taps=[_taps(n, s, out) for n, s, out in zip(image.shape, spans, canvas)])
+    x = image.astype(compute)
     wrapped = [channel for channel, period in enumerate(periods) if period]
     period = np.array([periods[channel] for channel in wrapped], compute)
     angle = x[..., wrapped] * (2 * np.pi / period)
-    mask = mask if mask.shape[2] == 1 else mask[..., wrapped]
-    cosine, sine = (average(np.where(mask, f(angle), 0)) for f in (np.cos, np.sin))
+    if valid is None:
+        out, cosine, sine = average(x), average(np.cos(angle)), average(np.sin(angle))
+    else:
+        inside = valid if valid.shape[2] == 1 else valid[..., wrapped]
+        weight = average(valid.astype(compute))
+        out = average(np.where(valid, x, 0)) / np.where(weight > 0, weight, 1)
+        cosine, sine = (average(np.where(inside, f(angle), 0)) for f in (np.cos, np.sin))
     out[..., wrapped] = np.arctan2(sine, cosine) * (period / (2 * np.pi))
     if dtype.kind in 'iu':
         out = np.rint(out)

@@ -19,11 +19,13 @@ import grain
 import numpy as np
 from absl import flags
 
+from ssl_jax.config import bind
 from ssl_jax.data import decode, embedded, records, tfds_source
-from ssl_jax.data.source import Channel, Manifest, ShardSource
+from ssl_jax.data.source import MANIFEST, Channel, Field, Manifest, ShardSource, Split
 from ssl_jax.errors import UserError, nearest
 
 SMALL = 2 ** 16   # records; grain's own shuffle takes milliseconds per example of a small data set
+BUFFER = 2          # batches on their way from a worker
 BATCHED = ('image', 'label', 'label_map')   # the field kinds that reach a batch unasked; 'valid' comes with 'image'
 
 
@@ -51,6 +53,7 @@ class Data:
       prefetch: batches held ready, per process or worker.
       fields: names of the fields wanted; None is every field but scalars and text.
       limit: trains on so many examples, evenly spaced over the split.
+      planned: arguments of `Planned`, for a dry run before the data set is there.
     """
     root: str
     split: str = 'train'
@@ -62,6 +65,7 @@ class Data:
     prefetch: int = 4
     fields: tuple[str, ...] | None = None
     limit: int | None = None
+    planned: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         least = {'threads': 0, 'workers': 0, 'prefetch': 1, 'limit': 1}
@@ -80,6 +84,16 @@ class Data:
           UserError: no such data set.
         """
         return tfds_source.manifest(self._name) if self._kind == 'tfds' else Manifest.load(self.folder)
+
+    def exists(self) -> bool:
+        """Whether the data set is on this machine, or can be made here (embedded ones)."""
+        if self._kind == 'folder':
+            return (self.folder / MANIFEST).is_file()
+        return self._kind == 'embedded' or tfds_source.prepared(self._name)
+
+    def or_planned(self) -> 'Data':
+        """This data set, or where it is not there, shapes without content after `planned`."""
+        return self if self.exists() or self.planned is None else PlannedData(**vars(self))
 
     @functools.cached_property
     def folder(self) -> pathlib.Path:
@@ -134,7 +148,7 @@ class Data:
         """
         if not 0 <= seed < 2 ** 32:
             raise UserError(f'seed {seed}: expected a number in [0, 2**32)')
-        load = self._load(self.split, self.fields, self.limit)
+        load = self.load(self.split, self.fields, self.limit)
         order = grain.MapDataset.range(load.count)
         if self.shuffle:
             order = order.seed(seed).shuffle() if load.count > SMALL else Shuffle(order, seed)
@@ -155,7 +169,7 @@ class Data:
         Raises:
           UserError: as `train`.
         """
-        load = self._load(split, self.fields if fields is None else tuple(fields), limit, weighted=True)
+        load = self.load(split, self.fields if fields is None else fields, limit, weighted=True)
         order = grain.MapDataset.range(-(-load.count // batch) * batch)
         return Batches(self._batches(order, load, batch, 0, process_index, process_count),
                        -(-load.count // batch))
@@ -171,6 +185,13 @@ class Data:
         if self._kind == 'tfds':
             return tfds_source.Examples(self._name, split)
         return Examples(ShardSource(self.folder, split, self.manifest))
+
+    def load(self, split: str, fields: Sequence[str] | None = None, limit: int | None = None,
+             weighted: bool = False) -> 'Load':
+        """The map from places in the sample order to host examples; see `train` and `eval`."""
+        return Load(source=self.source(split), name=f'{self.root}, split {split!r}', spec=self._spec(split, fields),
+                    canvas=self.image_size, fit=self.fit, manifest=self.manifest, weighted=weighted,
+                    total=self._count(split, None), count=self._count(split, limit))
 
     @property
     def _kind(self) -> str:
@@ -219,11 +240,6 @@ class Data:
             return self.fit != 'cover'
         return decode.needs_padding(size, self.image_size, self.fit)
 
-    def _load(self, split: str, fields: Sequence[str] | None, limit: int | None, weighted: bool = False) -> 'Load':
-        return Load(source=self.source(split), name=f'{self.root}, split {split!r}', spec=self._spec(split, fields),
-                    canvas=self.image_size, fit=self.fit, manifest=self.manifest, weighted=weighted,
-                    total=self._count(split, None), count=self._count(split, limit))
-
     def _batches(self, order: grain.MapDataset, load: 'Load', batch: int, start: int, process_index: int,
                  process_count: int) -> grain.IterDataset:
         if batch < 1 or batch % process_count:
@@ -236,9 +252,35 @@ class Data:
         if self.workers:
             if not flags.FLAGS.is_parsed():   # grain reads its own flags when it starts workers
                 flags.FLAGS.mark_as_parsed()
-            workers = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=self.prefetch)
+            workers = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=BUFFER)
             dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
         return dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What a data set will hold. All its channels count as linear, from 0 to 255."""
+    records: int
+    image_size: tuple[int, int]
+    channels: tuple[str, ...]
+    classes: int = 0
+    dtype: str = 'uint8'
+
+
+class PlannedData(Data):
+    """Shapes of a data set that is not there."""
+
+    @property
+    def manifest(self) -> Manifest:
+        planned = bind(Planned, self.planned, where='data.planned')()
+        fields = {'image': Field('image', planned.dtype, (*planned.image_size, len(planned.channels)), 'raw')}
+        if planned.classes:
+            fields['label'] = Field('label', 'int32', (), 'raw')
+        channels = tuple(Channel(name, 'linear', mean=127.5, std=64.0, period=None, unit='', minimum=0.0, maximum=255.0,
+                                 percentiles={}, valid_fraction=1.0) for name in planned.channels)
+        split = Split(records=planned.records, class_counts=(), groups=0, shards=())
+        return Manifest(name=self.root, fields=fields, channels=channels, source={}, splits={self.split: split},
+                        classes=tuple(f'class {i}' for i in range(planned.classes)))
 
 
 class Batches:

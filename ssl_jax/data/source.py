@@ -165,7 +165,7 @@ class ShardSource:
         shard, record = self.locate(index)
         try:
             return self._reader(shard).read([record])[0]
-        except (RuntimeError, IndexError) as error:   # what array_record raises for a damaged chunk
+        except RuntimeError as error:   # what array_record raises for a damaged chunk
             raise UserError(f'{self.root / shard.name}: record {record} is damaged ({first_line(error)})') from error
 
     def locate(self, index: int) -> tuple[Shard, int]:

@@ -26,7 +26,7 @@ class Examples:
     def __init__(self, name: str, split: str):
         import tensorflow_datasets as tfds
         builder = _builder(name)
-        features = builder.info.features
+        features = dict(builder.info.features)
         encoded = [k for k in _NAMES if isinstance(features.get(k), tfds.features.Image)]
         self.root, self.split = f'tfds:{name}', split
         self._source = builder.as_data_source(split, decoders={k: tfds.decode.SkipDecoding() for k in encoded})
@@ -73,6 +73,15 @@ def manifest(name: str) -> Manifest:
     return found
 
 
+def prepared(name: str) -> bool:
+    """Whether the data set can be read here."""
+    import tensorflow_datasets as tfds
+    try:
+        return bool(tfds.builder(name).info.splits)
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError):
+        return False
+
+
 @functools.lru_cache(8)
 def _builder(name: str) -> Any:
     import tensorflow_datasets as tfds
@@ -95,7 +104,7 @@ def _builder(name: str) -> Any:
 
 def _fields(info: Any) -> dict[str, Field]:
     import tensorflow_datasets as tfds
-    features = info.features
+    features = dict(info.features)
     image = features.get('image')
     if image is None or len(image.shape) != 3 or image.shape[2] is None:
         raise UserError(f'tfds:{info.full_name} has no feature image of shape (H, W, C), but {", ".join(features)}')

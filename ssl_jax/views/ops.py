@@ -27,22 +27,31 @@ def blur(image: jax.Array, sigma: Scalar | tuple[Scalar, Scalar],
 
 
 def _blur_weights(size: int, sigma: Scalar, kernel: int | None) -> jax.Array:
-    """The matrix (size, size) that blurs an axis."""
-    i, j = jnp.arange(size)[:, None], jnp.arange(size)
     if kernel is None:
-        variance = jnp.square(sigma) / 3
-        whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
-        part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - jnp.square(whole + 1)))
-        radius = whole + part
-        tail = lambda m: jnp.clip(radius + 1 - m, 0, 2 * radius + 1)   # of the box, from offset m on
-        box = jnp.clip(radius + 1 - jnp.abs(i - j), 0, 1)
-        box = jnp.where(j == 0, tail(i), jnp.where(j == size - 1, tail(size - 1 - i), box)) / (2 * radius + 1)
-        return jnp.linalg.matrix_power(box, 3)
+        box = box_weights(size, sigma)
+        return jnp.einsum('ij,jk,kl->il', box, box, box, precision=jax.lax.Precision.HIGHEST)
+    i, j = jnp.arange(size)[:, None], jnp.arange(size)
     radius = min(kernel // 2, size - 1)
     gaussian = lambda d: jnp.where(jnp.abs(d) <= radius, jnp.exp(-0.5 * jnp.square(d / sigma)), 0)
     # Every pixel but the ends has a mirror image on each side.
     mirrored = jnp.where(j > 0, gaussian(i + j), 0) + jnp.where(j < size - 1, gaussian(2 * (size - 1) - j - i), 0)
     return (gaussian(i - j) + mirrored) / gaussian(jnp.arange(-radius, radius + 1)).sum()
+
+
+def box_weights(size: int, sigma: Scalar) -> jax.Array:
+    """The matrix (size, size) of one of three box filters that together have the variance of a Gaussian.
+
+    The box has a fractional radius: whole pixels, and a part of one at each end (Gwosdek et al. 2011, section 3).
+    """
+    i, j = jnp.arange(size)[:, None], jnp.arange(size)
+    variance = jnp.square(sigma) / 3
+    whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - jnp.square(whole + 1)))
+    radius = whole + part
+    box = jnp.clip(radius + 1 - jnp.abs(i - j), 0, 1)
+    tail = lambda offset: jnp.clip(radius + 1 - offset, 0, 2 * radius + 1)   # what lies beyond the first and last pixel
+    box = jnp.where(j == 0, tail(i), jnp.where(j == size - 1, tail(size - 1 - i), box))
+    return box / (2 * radius + 1)
 
 
 def grey(image: jax.Array) -> jax.Array:

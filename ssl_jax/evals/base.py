@@ -1,0 +1,66 @@
+"""What all evaluators have in common. No plug-in itself."""
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssl_jax.config import Duration
+from ssl_jax.data.pipeline import Data
+from ssl_jax.errors import UserError
+from ssl_jax.sharding import Layout
+from ssl_jax.step import Objective, TrainState, View
+
+Values = Mapping[str, float | np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator(abc.ABC):
+    """Measures a state on its own pass over the data. It knows nothing of training, and may be run without it.
+
+    Args:
+      every: how often a training run evaluates; None for only at its end.
+      baseline: measure an encoder with random weights too.
+      data, layout, batch, tag: of the run: its data set, devices, global batch size, and the evaluator's name in it.
+    """
+    every: Duration | None = None
+    baseline: bool = True
+    data: Data
+    layout: Layout
+    batch: int
+    tag: str
+    _random: dict[str, float] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict)
+
+    @abc.abstractmethod
+    def measure(self, objective: Objective, view: View, state: TrainState) -> Values:
+        """The results for this state: name -> number, or picture (H, W, 3) uint8."""
+
+    def run(self, objective: Objective, view: View, state: TrainState) -> dict[str, float | np.ndarray]:
+        """The results of `measure`, and its numbers for random weights as 'random/<name>', measured once."""
+        values = dict(self.measure(objective, view, state))
+        if self.baseline and not self._random:
+            found = self.measure(objective, view, random_weights(objective, state))
+            self._random.update({f'random/{k}': v for k, v in found.items() if np.ndim(v) == 0})
+        return values | self._random
+
+    def check_labels(self, *splits: str) -> None:
+        """Raises UserError unless the splits exist, are different ones, and hold one class per example."""
+        where = f'config.evals.{self.tag}'
+        for split in splits:
+            self.data.manifest.split(split)
+        if len(set(splits)) < len(splits):
+            raise UserError(f'{where}: splits {", ".join(map(repr, splits))}: expected different ones')
+        label = self.data.manifest.fields.get('label')
+        if not self.data.classes or label is None:
+            raise UserError(f'{where}: data set {self.data.root!r} is unlabelled, expected one with classes')
+        if label.shape:
+            raise UserError(f'{where}: data set {self.data.root!r} has several labels per example, expected one class')
+
+
+def random_weights(objective: Objective, state: TrainState) -> TrainState:
+    """`state` with parameters and aux as a fresh run of seed 0 has them, living where the trained ones do."""
+    shardings: Any = jax.tree.map(lambda x: x.sharding, (state.params, state.aux))
+    params, aux = jax.jit(lambda: objective.init(jax.random.key(0)), out_shardings=shardings)()
+    return state.replace(params=params, aux=aux)

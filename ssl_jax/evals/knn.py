@@ -1,0 +1,141 @@
+"""Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv:1805.01978, section 3.4; as in DINO)."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ssl_jax.errors import UserError
+from ssl_jax.evals import scores
+from ssl_jax.evals.base import Evaluator, Values
+from ssl_jax.evals.features import Readout, extract
+from ssl_jax.sharding import Layout
+from ssl_jax.step import Objective, TrainState, View
+
+SIMILARITIES = 2 ** 26   # held at once per device: 256 MiB
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KNN(Evaluator):
+    """Each neighbour votes for its class with weight exp(cosine similarity / temperature).
+
+    Results per k: 'k<k>/top1', 'k<k>/top5' for more than 5 classes, and 'k<k>/f1' and 'k<k>/auroc' of the positive
+    class, from its share of the votes, where there is one.
+
+    Args:
+      k: numbers of neighbours; those beyond the size of the train split are replaced by that.
+      readout: class token, mean patch token, or both.
+      train: the split that neighbours come from.
+      test: the split that is classified.
+      positive: class name or index; see `scores.positive_class`.
+      limit: use only so many examples of each split, evenly spaced.
+    """
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    readout: Readout = 'cls'
+    train: str = 'train'
+    test: str = 'test'
+    positive: str | int | None = None
+    limit: int | None = None
+
+    def __post_init__(self):
+        where = f'config.evals.{self.tag}'
+        self.check_labels(self.train, self.test)
+        scores.positive_class(self.positive, self.data.classes, where=f'evals.{self.tag}')
+        if not self.k or min(self.k) < 1:
+            raise UserError(f'{where}.k={self.k}: expected numbers of neighbours, at least 1')
+        if self.temperature <= 0:
+            raise UserError(f'{where}.temperature={self.temperature}: expected a number > 0')
+
+    def measure(self, objective: Objective, view: View, state: TrainState) -> Values:
+        """See the class."""
+        classes = self.data.classes
+        positive = scores.positive_class(self.positive, classes, where=f'evals.{self.tag}')
+        get = functools.partial(extract, self, objective, view, state, readouts=(self.readout,), limit=self.limit)
+        bank, queries = get(self.train), get(self.test)
+        labels, count = queries.label, len(bank.label)
+        ks = sorted({min(k, count) for k in self.k})
+        if max(self.k) > count:
+            logging.warning('%s: split %r has only %d neighbours, so k=%s instead of %s', self.tag, self.train, count,
+                            ks, list(self.k))
+        found = votes(bank.values[self.readout], bank.label, queries.values[self.readout], ks=ks, classes=len(classes),
+                      temperature=self.temperature, layout=self.layout)
+        values = {}
+        for k, tally in found.items():
+            values[f'k{k}/top1'] = top_accuracy(tally, labels, 1)
+            if len(classes) > 5:
+                values[f'k{k}/top5'] = top_accuracy(tally, labels, 5)
+            if positive is not None:
+                shares = tally / tally.sum(1, keepdims=True)
+                result = scores.classification(labels, shares, positive=positive)
+                values |= {f'k{k}/{name}': result[name] for name in ('f1', 'auroc') if name in result}
+        return values
+
+
+def votes(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, ks: list[int], classes: int,
+          temperature: float, layout: Layout) -> dict[int, np.ndarray]:
+    """The sum of the k neighbours' votes for every class.
+
+    Args:
+      bank, labels: (N, D) features and (N,) classes of the possible neighbours. They are split over the devices.
+      queries: (Q, D) features.
+      ks: each at most N.
+    Returns:
+      k -> (Q, classes) float64.
+    """
+    bank, queries = _normalised(bank), _normalised(queries)
+    rows = -(-len(bank) // layout.batch_parts) * layout.batch_parts
+    padding = rows - len(bank)
+    block, blocks = layout.block()
+    mine = slice(block * rows // blocks, (block + 1) * rows // blocks)
+    on_device = layout.put({'bank': np.pad(bank, ((0, padding), (0, 0)))[mine],
+                            'labels': np.pad(labels.astype(np.int32), (0, padding), constant_values=-1)[mine]})
+    chunk = max(1, min(len(queries), SIMILARITIES * layout.batch_parts // rows))
+    tallies = {k: [] for k in ks}
+    for start in range(0, len(queries), chunk):
+        part = queries[start:start + chunk]
+        part = np.pad(part, ((0, chunk - len(part)), (0, 0)))   # one shape, one compilation
+        near = _neighbours(on_device['bank'], on_device['labels'], layout.put_replicated(part), k=max(ks),
+                           mesh=layout.mesh)
+        similarity, voted = (x[:len(queries) - start] for x in jax.device_get(near))
+        weight = np.exp(similarity.astype(np.float64) / temperature)
+        cell = np.arange(len(voted))[:, None] * classes + voted
+        for k in ks:
+            tally = np.bincount(cell[:, :k].ravel(), weight[:, :k].ravel(), len(voted) * classes)
+            tallies[k].append(tally.reshape(-1, classes))
+    return {k: np.concatenate(parts) for k, parts in tallies.items()}
+
+
+def top_accuracy(tally: np.ndarray, labels: np.ndarray, n: int) -> float:
+    """The share of examples whose class is among the n with most votes; of equal ones the first count."""
+    best = np.argsort(-tally, axis=1, kind='stable')[:, :n]
+    return float(np.mean((best == labels[:, None]).any(1)))
+
+
+@functools.partial(jax.jit, static_argnames=('k', 'mesh'))
+def _neighbours(bank: jax.Array, labels: jax.Array, queries: jax.Array, *, k: int,
+                mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Cosine similarities and classes of the k nearest rows of the bank, nearest first: (Q, k) each."""
+    def local(bank, labels, queries):
+        similarity = jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
+        similarity = jnp.where(labels >= 0, similarity, -jnp.inf)
+        similarity, place = jax.lax.top_k(similarity, min(k, len(labels)))
+        return similarity, labels[place]
+
+    split = PartitionSpec(('data', 'fsdp'))
+    # Each device ranks its own rows, so that only k candidates per device and query travel.
+    similarity, label = jax.shard_map(local, mesh=mesh, in_specs=(split, split, PartitionSpec()),
+                                      out_specs=PartitionSpec(None, ('data', 'fsdp')))(bank, labels, queries)
+    similarity, place = jax.lax.top_k(similarity, k)
+    near = similarity, jnp.take_along_axis(label, place, axis=1)
+    return jax.lax.with_sharding_constraint(near, NamedSharding(mesh, PartitionSpec()))
+
+
+def _normalised(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+build = KNN

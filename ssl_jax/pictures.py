@@ -1,0 +1,72 @@
+"""Channels as colours: phases cyclic, other scientific channels in a perceptual map, RGB as it is."""
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ssl_jax.data.source import Channel
+
+GAP, LABEL = 4, 14   # pixels between panels, and for a line of text
+
+
+def is_rgb(channels: Sequence[Channel]) -> bool:
+    """Whether three channels are shown as one colour picture."""
+    return [c.name.lower() for c in channels] in (['r', 'g', 'b'], ['red', 'green', 'blue'])
+
+
+def limits(values: np.ndarray, channel: Channel) -> tuple[float, float]:
+    """The range that a channel's colours span: its cycle, or the 1st to 99th percentile of the finite `values`."""
+    if channel.kind == 'phase':
+        middle = (channel.minimum + channel.maximum) / 2
+        return middle - channel.period / 2, middle + channel.period / 2
+    values = values[np.isfinite(values)]
+    low, high = np.percentile(values, (1, 99)) if values.size else (0, 1)
+    return float(low), float(max(high, low + 1e-6))
+
+
+def paint(values: np.ndarray, channel: Channel, low: float, high: float, valid: np.ndarray | None = None) -> np.ndarray:
+    """(H, W) in raw units as (H, W, 3) uint8; what is not valid (H, W) or not finite is hatched grey."""
+    finite = np.isfinite(values) if valid is None else np.isfinite(values) & valid
+    scaled = (np.where(finite, values, low) - low) / (high - low)
+    scaled = scaled % 1 if channel.kind == 'phase' else scaled.clip(0, 1)
+    colours = _colours('twilight' if channel.kind == 'phase' else 'viridis')
+    return _hatch(colours[(scaled * 255).astype(np.uint8)], finite)
+
+
+def paint_rgb(values: np.ndarray, low: float, high: float, valid: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3) in raw units as (H, W, 3) uint8; see `paint`."""
+    finite = np.isfinite(values).all(-1)
+    scaled = ((np.where(finite[..., None], values, low) - low) / (high - low)).clip(0, 1)
+    return _hatch((scaled * 255).astype(np.uint8), finite if valid is None else finite & valid)
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], columns: Sequence[str] = (),
+          side: int = 96) -> np.ndarray:
+    """Titled rows of panels (H, W, 3) uint8 of one size, enlarged to at least `side` pixels: (H', W', 3) uint8."""
+    from PIL import Image, ImageDraw
+    h, w = rows[0][0].shape[:2]
+    scale = max(1, -(-side // min(h, w)))
+    h, w = h * scale, w * scale
+    left = GAP + max((7 * len(n) for n in names), default=0)
+    picture = Image.new('RGB', (left + max(map(len, rows)) * (w + GAP), LABEL + len(rows) * (h + GAP)), 'white')
+    draw = ImageDraw.Draw(picture)
+    for j, text in enumerate(columns):
+        draw.text((left + j * (w + GAP), 1), text, fill='black')
+    for i, (row, name) in enumerate(zip(rows, names)):
+        top = LABEL + i * (h + GAP)
+        draw.text((2, top + h // 2 - 6), name, fill='black')
+        for j, panel in enumerate(row):
+            picture.paste(Image.fromarray(panel).resize((w, h), Image.Resampling.NEAREST), (left + j * (w + GAP), top))
+    return np.asarray(picture)
+
+
+@functools.cache
+def _colours(name: str) -> np.ndarray:
+    import matplotlib
+    return (matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
+
+
+def _hatch(rgb: np.ndarray, finite: np.ndarray) -> np.ndarray:
+    y, x = np.indices(finite.shape)
+    stripes = np.where((y + x) // 3 % 2, 150, 190).astype(np.uint8)
+    return np.where(finite[..., None], rgb, stripes[..., None])

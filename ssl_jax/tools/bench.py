@@ -1,0 +1,166 @@
+"""Measures how fast this machine does what a run needs.
+
+    python -m ssl_jax.tools.bench data --config=configs/quickstart.py
+    python -m ssl_jax.tools.bench data --root=DIR --batch=256 --threads=1,2,4 --workers=0,2
+
+`data`: examples and megabytes per second of reading records in random order, of decoding them (both in one thread), and
+of the whole input pipeline with every combination of threads and workers. All are measured in turns, several times
+over, so that a busy moment of the machine hits each alike. What was read lately comes from memory, not from the disk.
+"""
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ssl_jax import config as configs
+from ssl_jax.data.pipeline import BUFFER, Data
+from ssl_jax.errors import UserError
+
+DECODED = 64   # examples held in memory for the decoding measurement
+
+
+@dataclasses.dataclass
+class Case:
+    """Something to measure.
+
+    Args:
+      step: does a piece of work and returns (examples, bytes).
+      buffered: steps that may be ready before the clock starts, and are not counted.
+    """
+    name: str
+    step: Callable[[], tuple[int, int]]
+    buffered: int = 0
+    start_up: float | None = None                             # seconds to the first step
+    rates: list[tuple[float, float]] = dataclasses.field(default_factory=list)   # (examples / s, MB / s) per round
+
+    def measure(self, seconds: float) -> None:
+        for _ in range(self.buffered):
+            self.step()
+        examples = size = 0
+        began = time.perf_counter()
+        while (passed := time.perf_counter() - began) < seconds or not examples:
+            n, k = self.step()
+            examples, size = examples + n, size + k
+        self.rates.append((examples / passed, size / passed / 1e6))
+
+
+def data_cases(data: Data, batch: int, threads: Sequence[int], workers: Sequence[int],
+               stack: contextlib.ExitStack) -> list[Case]:
+    """Reading, decoding, and the pipeline in all settings. `stack` closes the pipelines."""
+    source, load = data.source(data.split), data.load(data.split, data.fields)
+    order = itertools.cycle(np.random.default_rng(0).permutation(len(source)).tolist())
+    held = itertools.cycle([source[i] for i in itertools.islice(order, DECODED)])
+
+    def read():
+        return 1, _size(source[next(order)])
+
+    def decode():
+        return 1, _size(load.decode(next(held)))
+
+    cases = [Case('read', read), Case('decode', decode)]
+    for w, t in itertools.product(workers, threads):
+        setting = dataclasses.replace(data, threads=t, workers=w)
+        began = time.perf_counter()
+        iterator = setting.train(seed=0, batch=batch)
+        stack.callback(iterator.close)
+
+        def step(iterator=iterator):
+            return batch, _size(next(iterator))
+
+        step()
+        buffered = w * (data.prefetch + BUFFER + 1) or (data.prefetch if t else 0)
+        cases.append(Case(f'pipeline, {w} workers, {t} threads', step, buffered, time.perf_counter() - began))
+    return cases
+
+
+def _size(value) -> int:
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return value.nbytes if hasattr(value, 'nbytes') else len(value) if isinstance(value, (bytes, str)) else 0
+
+
+def measure(cases: Sequence[Case], *, rounds: int, seconds: float) -> None:
+    for _ in range(rounds):
+        for case in cases:
+            case.measure(seconds)
+
+
+def table(cases: Sequence[Case]) -> str:
+    """Median and range over the rounds, one line per case."""
+    rows = [('', 'examples/s', 'range', 'MB/s', 'first batch')]
+    for case in cases:
+        rates = sorted(r for r, _ in case.rates)
+        rows.append((case.name, f'{statistics.median(rates):.0f}', f'{rates[0]:.0f}-{rates[-1]:.0f}',
+                     f'{statistics.median(m for _, m in case.rates):.1f}',
+                     '' if case.start_up is None else f'{case.start_up:.2f} s'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+                     for row in rows)
+
+
+def bench_data(arguments: argparse.Namespace) -> None:
+    spec, batch = {}, 256
+    if arguments.config:
+        config = _load_config(arguments.config)
+        spec, batch = configs.plain(config.data), config.batch
+    spec |= {k: v for k in ('root', 'split', 'canvas') if (v := getattr(arguments, k)) is not None}
+    if 'root' not in spec:
+        raise UserError('bench data: --config or --root is missing')
+    data, batch = configs.bind(Data, spec, where='data')(), arguments.batch or batch
+    with contextlib.ExitStack() as stack:
+        cases = data_cases(data, batch, arguments.threads, arguments.workers, stack)
+        measure(cases, rounds=arguments.rounds, seconds=arguments.seconds)
+    shapes = ', '.join(f'{k} {v.dtype}{list(v.shape[1:])}' for k, v in data.abstract(1).items())
+    print(f'{data.root}, split {data.split!r}: {data.records} examples of {shapes}; batch {batch}')
+    print(table(cases))
+
+
+def _load_config(path: str):
+    """The config that a file's get_config() returns; 'file.py:argument' passes it the argument."""
+    path, _, argument = path.partition(':')
+    if not pathlib.Path(path).is_file():
+        raise UserError(f'--config={path}: no such file')
+    spec = importlib.util.spec_from_file_location('bench_config', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(','))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parts = parser.add_subparsers(required=True)
+    data = parts.add_parser('data', help='reading, decoding and batching')
+    data.set_defaults(run=bench_data)
+    data.add_argument('--config', help='an experiment, for its data and batch')
+    data.add_argument('--root', help='a data set as in config.data.root')
+    data.add_argument('--split')
+    data.add_argument('--canvas', type=int)
+    data.add_argument('--batch', type=int, help="default: the config's, else 256")
+    data.add_argument('--threads', type=_numbers, default=(0, 1, 2, 4), help='settings to try (default 0,1,2,4)')
+    data.add_argument('--workers', type=_numbers, default=(0,), help='settings to try (default 0)')
+    data.add_argument('--rounds', type=int, default=3)
+    data.add_argument('--seconds', type=float, default=2.0, help='per setting and round')
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

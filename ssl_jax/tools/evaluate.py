@@ -1,0 +1,63 @@
+"""Runs the evaluators of a run on its newest checkpoint: python -m ssl_jax.tools.evaluate --workdir=RUN [--tag=knn]"""
+import argparse
+import json
+import pathlib
+import sys
+
+from ssl_jax.errors import UserError, nearest
+
+
+def evaluate(workdir: str, tags: list[str] | None = None) -> dict[str, float]:
+    """Results '<tag>/<metric>' -> number; also written to RUN/evaluation.json, pictures to RUN/images.
+
+    Args:
+      tags: of the evaluators to run; None for all.
+    Raises:
+      UserError: not a run folder, no checkpoint, no such tag.
+    """
+    import jax
+    import numpy as np
+
+    from ssl_jax.checkpoint import Checkpoints
+    from ssl_jax.experiment import assemble
+    from ssl_jax.metrics import save_images, write_atomic
+
+    path = pathlib.Path(workdir, 'config.json')
+    if not path.is_file():
+        raise UserError(f'--workdir={workdir}: expected the folder of a run, with config.json')
+    run = assemble(json.loads(path.read_text()), workdir)
+    for tag in tags or ():
+        if tag not in run.evals:
+            raise UserError(f'--tag={tag} is not an evaluator of this run{nearest(tag, run.evals)}')
+    with jax.set_mesh(run.layout.mesh):
+        checkpoints = Checkpoints(workdir, keep=run.checkpoint.keep, position=run.position)
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f'--workdir={workdir}: no checkpoint yet')
+        state = checkpoints.restore(run.state)
+        checkpoints.close()
+        results = {}
+        for tag in tags or run.evals:
+            values = run.evals[tag].run(run.objective, run.view, state)
+            results |= {f'{tag}/{k}': float(v) for k, v in values.items() if np.ndim(v) == 0}
+            save_images(workdir, step, tag, {k: v for k, v in values.items() if np.ndim(v) > 0})
+    write_atomic(pathlib.Path(workdir, 'evaluation.json'), json.dumps({'step': step} | results, indent=2) + '\n')
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--workdir', required=True)
+    parser.add_argument('--tag', action='append', help='only this evaluator; may be given more than once')
+    arguments = parser.parse_args()
+    from ssl_jax.metrics import table
+    try:
+        print(table(evaluate(arguments.workdir, arguments.tag)))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

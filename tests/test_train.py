@@ -1,0 +1,269 @@
+"""The loop: resuming, layouts, grafting, and what stops it."""
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+
+from ssl_jax.checkpoint import flatten
+from ssl_jax.data.pipeline import Data
+from ssl_jax.errors import UserError
+from ssl_jax.experiment import assemble
+from ssl_jax.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 6
+
+
+@pytest.fixture(scope='session')
+def stripes(tmp_path_factory):
+    """A converted data set with no-data, and the config file that runs on it."""
+    folder = tmp_path_factory.mktemp('stripes')
+    tiny.write(folder / 'data', invalid=True)
+    (folder / 'config.py').write_text(
+        f'import sys\nsys.path.insert(0, {str(ROOT / "tests")!r})\nimport tiny\nfrom ml_collections import ConfigDict\n'
+        f'def get_config():\n    return ConfigDict(tiny.config({str(folder / "data")!r}, batch=8, duration={STEPS}))\n')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def straight(stripes, tmp_path_factory):
+    """An undisturbed MAE run on the two devices of this process: its folder."""
+    workdir = tmp_path_factory.mktemp('straight')
+    train(tiny.config(stripes / 'data', duration=STEPS), str(workdir))
+    return workdir
+
+
+def final_state(workdir):
+    """The newest checkpoint's arrays by path."""
+    steps = sorted(int(p.name) for p in pathlib.Path(workdir, 'checkpoints').iterdir() if p.name.isdigit())
+    return {k: np.asarray(v) for k, v in
+            flatten(ocp.PyTreeCheckpointer().restore(pathlib.Path(workdir, f'checkpoints/{steps[-1]}/state'))).items()}
+
+
+def assert_same(a, b, atol=0.0):
+    a, b = final_state(a), final_state(b)
+    assert a.keys() == b.keys() and a['step'] == STEPS
+    for path, x in a.items():
+        np.testing.assert_allclose(x, b[path], atol=atol, rtol=0, err_msg=path)
+
+
+def command(stripes, workdir, *flags):
+    return [sys.executable, '-m', 'ssl_jax.main', f'--config={stripes}/config.py', f'--workdir={workdir}', *flags]
+
+
+def environment(devices=2, **more):
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    return os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags} | more
+
+
+def kill_at(process, workdir, step, timeout=180):
+    """kill -9 as soon as the log shows `step`."""
+    log, deadline = pathlib.Path(workdir, 'metrics.jsonl'), time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and any(json.loads(line)['step'] >= step for line in log.read_text().splitlines()
+                                if line.endswith('}')):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.002)
+    raise AssertionError(f'step {step} was not reached: {process.communicate()}')
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Records the sample ids of every batch, and can stop the run before a batch."""
+    seen, stop = [], [None]
+    original = Data.train
+
+    def watched(self, **kwargs):
+        iterator = original(self, **kwargs)
+
+        class Watched:
+            step = kwargs['start']
+
+            def __next__(self):
+                if self.step == stop[0]:
+                    raise Interrupted
+                batch = next(iterator)
+                seen.append((self.step, batch['index'].tolist(), batch['position'].tolist()))
+                self.step += 1
+                return batch
+
+            close = iterator.close
+
+        return Watched()
+
+    monkeypatch.setattr(Data, 'train', watched)
+    return seen, stop
+
+
+@pytest.mark.parametrize('objective', tiny.OBJECTIVES)
+def test_resume_is_bitwise(objective, stripes, tmp_path, watch):
+    seen, stop = watch
+    config = tiny.config(stripes / 'data', objective, duration=STEPS)
+    train(config, str(tmp_path / 'straight'))
+    undisturbed = list(seen)
+    seen.clear()
+    stop[0] = 3
+    with pytest.raises(Interrupted):
+        train(config, str(tmp_path / 'cut'))
+    stop[0] = None
+    train(config, str(tmp_path / 'cut'))
+    assert_same(tmp_path / 'straight', tmp_path / 'cut')
+    assert seen == undisturbed[:3] + undisturbed[2:]  # the checkpoint was of step 2
+    lines = [json.loads(line) for line in (tmp_path / 'cut' / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines] == list(range(1, STEPS + 1))
+    losses = [[json.loads(line)['loss'] for line in (tmp_path / d / 'metrics.jsonl').read_text().splitlines()]
+              for d in ('straight', 'cut')]
+    assert losses[0] == losses[1]
+
+
+def test_killed_run_continues_bitwise(stripes, straight, tmp_path):
+    """kill -9 of the real program, then the same command again."""
+    process = subprocess.Popen(command(stripes, tmp_path), env=environment(), cwd=ROOT, stderr=subprocess.PIPE)
+    kill_at(process, tmp_path, 4)
+    result = subprocess.run(command(stripes, tmp_path), env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f'of {STEPS}' in result.stderr and 'continuing' in result.stderr
+    assert_same(straight, tmp_path)
+
+
+def test_one_device_then_two(stripes, straight, tmp_path):
+    process = subprocess.Popen(command(stripes, tmp_path), env=environment(devices=1), cwd=ROOT, stderr=subprocess.PIPE)
+    kill_at(process, tmp_path, 3)
+    train(tiny.config(stripes / 'data', duration=STEPS), str(tmp_path))
+    assert_same(straight, tmp_path, atol=1e-6)
+
+
+def test_two_processes_train_like_one(stripes, straight, tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    join = dict(JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}', JAX_NUM_PROCESSES='2')
+    processes = [subprocess.Popen(command(stripes, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                                  env=environment(devices=1, JAX_PROCESS_ID=str(i), **join)) for i in range(2)]
+    errors = [p.communicate(timeout=240)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], errors
+    assert_same(straight, tmp_path, atol=1e-6)
+
+
+def test_accumulation_trains_alike(stripes, straight, tmp_path):
+    train(tiny.config(stripes / 'data', duration=STEPS, accumulate=2), str(tmp_path))
+    a, b = final_state(straight), final_state(tmp_path)
+    for path in a:
+        if path.startswith('params/') and 'qkv/bias' not in path:  # a third of it has no gradient but rounding noise
+            np.testing.assert_allclose(a[path], b[path], atol=2e-5, err_msg=path)
+
+
+def test_finished_run_does_nothing_more(stripes, straight):
+    before = final_state(straight)
+    train(tiny.config(stripes / 'data', duration=STEPS), str(straight))
+    jax.tree.map(np.testing.assert_array_equal, before, final_state(straight))
+
+
+def test_non_finite_loss_stops_and_leaves_the_batch(stripes, tmp_path):
+    config = tiny.config(stripes / 'data', optim=dict(name='sgd', lr=1e25, schedule='constant'), duration=20)
+    with pytest.raises(UserError, match=r'loss is (nan|inf) at step \d+, examples train\d+, .*: the batch is') as error:
+        train(config, str(tmp_path))
+    (path,) = tmp_path.glob('nonfinite_step*.npz')
+    assert str(path) in str(error.value)
+    step = int(path.name[len('nonfinite_step'):][:8])
+    again = next(iter(Data(str(stripes / 'data')).train(seed=0, batch=8, start=step)))
+    with np.load(path) as batch:
+        np.testing.assert_array_equal(batch['index'], again['index'])
+        np.testing.assert_array_equal(batch['image'], again['image'])
+    steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+    assert all(s <= step for s in steps)
+
+
+def test_graft(stripes, straight, tmp_path):
+    """The frozen encoder is the pretrained one from the first step to the last."""
+    train(tiny.config(stripes / 'data', 'classify-frozen', duration=STEPS, init_from=str(straight)), str(tmp_path))
+    pretrained, probe = final_state(straight), final_state(tmp_path)
+    encoder = [p for p in pretrained if p.startswith('params/encoder/')]
+    assert encoder
+    for path in encoder:
+        np.testing.assert_array_equal(pretrained[path], probe[path.replace('params/', 'aux/')])
+
+
+def test_graft_names_what_does_not_fit(stripes, straight, tmp_path):
+    wider = dict(name='classify', encoder=tiny.ENCODER | dict(width=64))
+    config = tiny.config(stripes / 'data', objective='classify', init_from=str(straight)) | dict(objective=wider)
+    with pytest.raises(UserError, match=r'does not fit params/encoder: \S+ is \(.*\) float32 there, and \('):
+        train(config, str(tmp_path / 'a'))
+    with pytest.raises(UserError, match='no checkpoint in .*nowhere'):
+        train(config | dict(init_from=str(tmp_path / 'nowhere')), str(tmp_path / 'b'))
+    with pytest.raises(UserError, match='has no params/decodre'):
+        train(config | dict(init_from=dict(path=str(straight), source='params/decodre')), str(tmp_path / 'c'))
+
+
+def test_checkpoint_of_another_model_is_refused(stripes, straight):
+    config = tiny.config(stripes / 'data', duration=STEPS)
+    config['objective'] = config['objective'] | dict(encoder=tiny.ENCODER | dict(depth=3))
+    with pytest.raises(UserError, match=r'is of another model: .*blocks.* is \(2, .*there, and \(3, '):
+        train(config, str(straight))
+    with pytest.raises(UserError, match='was made with batch=8, this run has 4'):
+        train(tiny.config(stripes / 'data', duration=STEPS, batch=4), str(straight))
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(batch=7), r'config.batch=7: expected a multiple of 2 devices'),
+    (dict(duration='3 epochs'), "config.duration='3 epochs'"),
+    (dict(precision='fp16'), "config.precision='fp16': expected one of 'bf16', 'f32'"),
+    (dict(optim=dict(name='adamw', lr=1e-3, wieght_decay=0.1)), "config.optim.wieght_decay .*'weight_decay'"),
+    (dict(view=dict(name='singel')), "config.view.name='singel' is unknown .*'single'"),
+    (dict(mesh=dict(data=3)), 'config.mesh=3x1x1'),
+    (dict(objective=tiny.OBJECTIVES['mae'] | dict(encoder=tiny.ENCODER | dict(patch=5))), '32x32.*patch=5'),
+    (dict(objective=tiny.OBJECTIVES['mae'] | dict(encoder=tiny.ENCODER | dict(channels=4))),
+     'config.objective.encoder.channels=4: the run needs 3'),
+    (dict(checkpoint=dict(every='1 day')), "config.checkpoint.every='1 day'"),
+    (dict(bacth=8), r"config.bacth is not a key of Experiment \(did you mean 'batch'\?\)"),
+])
+def test_bad_config(stripes, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        assemble(tiny.config(stripes / 'data') | changes, 'unused')
+    assert '\n' not in str(error.value)
+
+
+def test_bad_data(stripes, tmp_path):
+    with pytest.raises(UserError, match='nowhere'):
+        assemble(tiny.config(tmp_path / 'nowhere'), 'unused')
+    manifest = json.loads((stripes / 'data' / 'manifest.json').read_text())
+    (tmp_path / 'manifest.json').write_text(json.dumps(manifest | {'schema': 99}))
+    with pytest.raises(UserError, match='schema.*99'):
+        assemble(tiny.config(tmp_path), 'unused')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--config.bacth=4'], 'batch'),
+    (['--config.batch=x'], '--config.batch=x'),
+    (['--wrokdir=x'], 'workdir'),
+    (['--config.data.root=/nowhere/at/all'], '/nowhere/at/all'),
+])
+def test_command_line_mistakes_cost_one_line_and_little_time(stripes, tmp_path, flags, message):
+    result = subprocess.run(command(stripes, tmp_path / 'run', *flags), env=environment(), cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith('error: ') and result.stderr.count('\n') == 1 and message in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_config_is_stored(straight, stripes):
+    stored = json.loads((straight / 'config.json').read_text())
+    assert stored == json.loads(json.dumps(ml_collections.ConfigDict(
+        tiny.config(stripes / 'data', duration=STEPS)).to_dict()))
