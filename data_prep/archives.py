@@ -5,6 +5,7 @@ A compressed tar has no random access: it is decompressed once, as a stream, to 
 import bz2
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import lzma
 import os
@@ -60,7 +61,7 @@ class Zip:
     def read(self, place: str) -> bytes:
         try:
             return _open_zip(self.path).read(place)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:   # damage, password, codec
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:   # damage; a password or codec
             raise UserError(f'{self.path}: {place} cannot be read ({error})') from error
 
 
@@ -119,16 +120,34 @@ def open_source(path: str, scratch: pathlib.Path) -> Iterator[Source]:
             raise UserError(f'{path} is neither a folder, nor a zip, nor a tar (plain, gz, bz2, xz)')
         yield Tar(path, path)
         return
+    made = not scratch.exists()
     scratch.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(scratch)
     descriptor, target = tempfile.mkstemp('.tar', dir=scratch)
     try:
-        with codec(path) as stream, open(descriptor, 'wb') as file:
-            shutil.copyfileobj(stream, file, 1 << 20)
-        yield Tar(target, path)
+        with open(descriptor, 'wb') as file:
+            fcntl.flock(file, fcntl.LOCK_EX)    # held until the end: it tells this file from an abandoned one
+            with codec(path) as stream:
+                shutil.copyfileobj(stream, file, 1 << 20)
+            file.flush()
+            yield Tar(target, path)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f'{path} is damaged ({error})') from error
     finally:
-        pathlib.Path(target).unlink(missing_ok=True)   # missing: `scratch` may be gone by then
+        pathlib.Path(target).unlink(missing_ok=True)   # missing: a finished conversion removes all of `scratch`
+        if made and scratch.is_dir() and not any(scratch.iterdir()):
+            scratch.rmdir()
+
+
+def _remove_abandoned(scratch: pathlib.Path) -> None:
+    """Removes the decompressed archives of runs that were killed."""
+    for path in scratch.glob('*.tar'):
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink(missing_ok=True)
 
 
 def _inside(name: str, archive: str) -> str:

@@ -239,7 +239,7 @@ def run(main: Callable[[], Any]) -> None:
     except OSError as error:
         sys.exit(_fail(f'{error.strerror}: {error.filename}' if error.filename else error))
     except KeyboardInterrupt:
-        sys.exit('interrupted: the same command goes on where this one stopped')
+        sys.exit('interrupted; a conversion goes on where it stopped when the same command is run again')
 
 
 def _fail(message: Any) -> int:

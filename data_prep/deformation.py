@@ -39,7 +39,7 @@ def okada(x: np.ndarray, y: np.ndarray, *, depth: float, dip: float, length: flo
       Displacement along x, along y, and up.
     """
     sin, cos = np.sin(np.radians(dip)), np.cos(np.radians(dip))
-    cos = 0.0 if abs(cos) < 1e-9 else cos
+    cos = 0.0 if abs(cos) < 1e-5 else cos      # nearer to vertical, differences of terms in 1 / cos lose all digits
     x, y = np.broadcast_arrays(np.asarray(x, np.float64), np.asarray(y, np.float64))
     p, q = y * cos + depth * sin, y * sin - depth * cos
     corners = (x, p, 1), (x, p - width, -1), (x - length, p, -1), (x - length, p - width, 1)   # eq. 24
@@ -54,7 +54,7 @@ def _okada_corner(xi, eta, q, sin, cos, slip, alpha) -> Displacement:
     """Okada's f(xi, eta); `alpha` is mu / (lambda + mu)."""
     r = np.sqrt(xi * xi + eta * eta + q * q)
     y, d = eta * cos + q * sin, eta * sin - q * cos
-    # Where terms are singular, in line with an edge, straight beyond an end or on the plane: the limits of Okada's text.
+    # Where terms are singular (in line with an edge, beyond an end, on the plane): the limits of Okada's text.
     in_line = np.abs(r + eta) < 1e-9 * (1 + r)
     per_eta = np.where(in_line, 0.0, 1 / np.where(in_line, 1.0, r * (r + eta)))
     log_eta = np.where(in_line, -np.log(np.where(in_line, r - eta, 1.0)), np.log(np.where(in_line, 1.0, r + eta)))

@@ -1,217 +1,129 @@
 """Hephaestus Minicubes (Zarr stores of volcano interferograms, one per frame) to records.
 
-    python -m data_prep.hephaestus_minicubes --input=FOLDER --output=DIR                    # the published benchmark
-    python -m data_prep.hephaestus_minicubes ... --timeseries=3 --mask_target=union         # series of 3 interferograms
-    python -m data_prep.hephaestus_minicubes ... --splits=pretrain --tile_stride=512        # whole frames, for pretraining
-    python -m data_prep.hephaestus_minicubes ... --splits=frame                             # val and test on other volcanoes
+    python -m data_prep.hephaestus_minicubes --input=FOLDER --output=DIR                  # the published benchmark
+    python -m data_prep.hephaestus_minicubes ... --timeseries=3 --mask_target=union       # series of 3 interferograms
+    python -m data_prep.hephaestus_minicubes ... --splits=pretrain --tile_stride=512      # whole frames, to pretrain on
+    python -m data_prep.hephaestus_minicubes ... --splits=frame                           # val, test: other volcanoes
 
-FOLDER holds `<frame>.zarr` (format 2 or 3) and the side files of the data set, where there: `quality_timeseries.json` (which
-interferograms to use), `annotations.json`, `annotations.tar.gz` or a folder `annotations` (their labels) and
-`frame_names.json` (the volcanoes of a frame). Without the first or second, the stores tell: cells with `valid_date_pair` that
-are neither corrupted, nor processing errors, nor without information; `phase` Rest is Non_Deformation.
+FOLDER holds `<frame>.zarr` (format 2 or 3) and the side files of the data set, where there: `quality_timeseries.json`
+(which interferograms to use), `annotations.json`, `annotations.tar.gz` or a folder `annotations` (their labels), and
+`frame_names.json` (the volcanoes of a frame). Without the first or second the stores tell: cells with `valid_date_pair`
+that are neither corrupted, nor a processing error, nor without information; `phase` Rest is Non_Deformation.
 
-The published splits go by date: **the same frames, and so the same ground, are in train, val and test.** What they don't share
-is (frame, date), and that is the group of an example. With `--splits=frame` it is the volcano.
+The published splits go by date: **the same frames, and so the same ground, are in train, val and test.** What splits
+don't share is (frame, date), and that is the group of an example. With `--splits=frame` it is the volcano.
 
-An example has `image` (h, w, T * channels), time-major, `label` (1: deformation or earthquake) and `label_map` (h, w), 1 where
-the ground deforms in the `mask_target` of its series. A pixel of a store is invalid where it is NaN; phase and coherence also
-where both are exactly 0, as beyond the edge of a swath.
+An example has `image` (h, w, T * channels), time-major; `label`, 1 for deformation or earthquake; and `label_map`
+(h, w), 1 where the ground deforms in the `mask_target` of its series. A pixel is invalid where it is NaN; phase and
+coherence also where both are exactly 0, as beyond the edge of a swath.
 """
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_prep import minicube_samples as samples
 from data_prep.convert import ChannelSpec, Dataset, Item, add_flags, convert, options, run
+from data_prep.minicube_store import CHANNELS, DIMENSIONS, UNITS, Cube, store_pairs
 from ssl_jax.errors import UserError, nearest
 
 CLASSES = ('Non_Deformation', 'Deformation')
-ATMOSPHERE = {'total_column_water_vapour': 'kg m-2', 'surface_pressure': 'Pa', 'vertical_integral_of_temperature': 'K kg m-2'}
-UNITS = {'insar_difference': 'rad', 'insar_coherence': '1/255', 'dem': 'm'} | {      # in the published order
-    f'{date}_date_{name}': unit for name, unit in ATMOSPHERE.items() for date in ('primary', 'secondary')}
-CHANNELS = tuple(UNITS)
-DIMENSIONS = ('primary_date', 'secondary_date', 'latitude', 'longitude')
-PHASES = {'Rest': 0, 'Unrest': 1, 'Rebound': 1, 'None': 1}      # of a store's variable `phase`; an earthquake has 'None'
 SIDE_FILES = {'quality_timeseries': ('quality_timeseries.json',), 'frame_names': ('frame_names.json',),
               'annotations': ('annotations.json', 'annotations.tar.gz', 'annotations')}
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How `load` makes an example."""
-    channels: tuple[str, ...]
-    mask_target: str
-    crop: int
-    dtype: str
-    seed: int
-
-
-class Cube:
-    """The store of a frame.
-
-    Args:
-      variables: that are needed besides the coordinates; they are checked.
-    Raises:
-      UserError: no Zarr group, a missing variable, or one with other dimensions, naming the store.
-    """
-
-    def __init__(self, path: str | os.PathLike, variables: Iterable[str]):
-        import zarr
-        self.path, self.frame = path, pathlib.Path(path).stem
-        try:
-            self.arrays = dict(zarr.open_group(path, mode='r').arrays())
-        except (OSError, ValueError, KeyError, zarr.errors.BaseZarrError) as error:
-            raise UserError(f'{path} is not a Zarr group: {type(error).__name__} {error}') from error
-        for name in ('primary_date', 'secondary_date', *variables):
-            if name not in self.arrays:
-                raise UserError(f'{path} has no variable {name!r}{nearest(name, self.arrays)}')
-        expected = {'primary_date': DIMENSIONS[:1], 'secondary_date': DIMENSIONS[1:2], 'dem': DIMENSIONS[2:]}
-        for name in variables:
-            array = self.arrays[name]
-            dims = array.metadata.dimension_names if array.metadata.zarr_format == 3 else array.attrs.get('_ARRAY_DIMENSIONS')
-            wanted = expected.get(name, DIMENSIONS[:array.ndim] if array.ndim in (2, 4) else DIMENSIONS)
-            if tuple(dims or ()) != wanted:
-                raise UserError(f'{path}: {name!r} has dimensions {tuple(dims or ())}, expected {wanted}')
-
-    def dates(self, name: str) -> list[str]:
-        """A date coordinate as YYYYMMDD: datetimes, or numbers with CF units ('days since 2014-10-07')."""
-        array = self.arrays[name]
-        values = array[:]
-        if values.dtype.kind != 'M':
-            unit, _, origin = str(array.attrs.get('units', '')).partition(' since ')
-            code = {'days': 'D', 'hours': 'h', 'minutes': 'm', 'seconds': 's', 'milliseconds': 'ms', 'microseconds': 'us',
-                    'nanoseconds': 'ns'}.get(unit)
-            try:
-                values = np.datetime64(origin.strip(), code or 's') + values.astype(np.int64).astype(f'm8[{code}]')
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{self.path}: {name} has units {array.attrs.get('units')!r}, expected 'days since DATE'") from error
-        return [str(d).replace('-', '') for d in values.astype('M8[D]')]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.arrays['deformation_mask'].shape[2:]
-
-    def read(self, name: str, where: tuple) -> np.ndarray:
-        try:
-            return self.arrays[name][where]
-        except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f'{self.path}: {name!r} cannot be read at {where[:2]}: {error}') from error
-
-    def scalars(self, name: str, cells: np.ndarray) -> list[Any]:
-        """Values of a variable of (primary, secondary) at cells (n, 2)."""
-        return self.arrays[name].vindex[cells[:, 0], cells[:, 1]].tolist() if len(cells) else []
-
-
-def store_pairs(cube: Cube, annotations: Mapping[samples.Pair, Mapping[str, Any]] | None) -> dict[samples.Pair, int]:
-    """The usable interferograms of a store with their labels, from its variables; labels and flaws from `annotations` if given.
-
-    Raises:
-      UserError: an interferogram without annotation, or a `phase` that is not one of PHASES.
-    """
-    primary, secondary = cube.dates('primary_date'), cube.dates('secondary_date')
-    cells = np.argwhere(cube.arrays['valid_date_pair'][:])
-    pairs = [(cube.frame, primary[p], secondary[s]) for p, s in cells]
-    if annotations is not None:
-        missing = [p for p in pairs if p not in annotations]
-        if missing:
-            raise UserError(f'interferogram {missing[0][0]}/{missing[0][1]}_{missing[0][2]} has no annotation')
-        usable = [not any(annotations[p][f] for f in samples.FLAWS) for p in pairs]
-        labels = [samples.label_of(annotations[p]) for p in pairs]
-    else:
-        usable = [not any(f) for f in zip(*(cube.scalars(f, cells) for f in samples.FLAWS))]
-        phases = cube.scalars('phase', cells)
-        unknown = sorted({p for p, u in zip(phases, usable) if u} - PHASES.keys())
-        if unknown:
-            raise UserError(f'{cube.path}: phase is {unknown[0]!r}, expected {", ".join(PHASES)}; give --annotations instead')
-        labels = [PHASES.get(p) for p in phases]
-    return {pair: label for pair, label, u in zip(pairs, labels, usable) if u}
 
 
 def describe(input: str | os.PathLike, *, timeseries: int = 1, ordering: str = 'primary', splits: str = 'benchmark',
              val_frames: Sequence[str] = (), test_frames: Sequence[str] = (), frames: Sequence[str] = (),
              channels: Sequence[str] = CHANNELS[:3], mask_target: str = 'union', crop: int = 512, tile_stride: int = 0,
-             dtype: str = 'float32', seed: int = 42, quality_timeseries: str | None = None, annotations: str | None = None,
-             frame_names: str | None = None) -> Dataset:
+             dtype: str = 'float32', seed: int = 42, quality_timeseries: str | None = None,
+             annotations: str | None = None, frame_names: str | None = None) -> Dataset:
     """What is to be converted; reads coordinates, flags and side files, but no raster.
 
     Args:
       input: folder of `<frame>.zarr`.
       timeseries: interferograms per example, T.
-      ordering: the date that the interferograms of a series share, 'primary' or 'secondary'.
-      splits: 'benchmark' and 'pretrain' are the published date ranges, 'train:20140101-20181231,...' are others, and 'frame' holds
-        out whole volcanoes: those of `val_frames` and `test_frames`, else drawn from `seed`.
+      ordering: the date that the interferograms of a series share, 'primary' or 'secondary'; date splits go by it.
+      splits: 'benchmark' and 'pretrain' are the published date ranges, 'train:20140101-20181231,...' are others, and
+        'frame' holds out whole volcanoes: those of `val_frames` and `test_frames`, else drawn from `seed`.
       frames: take these alone; () = every store.
       channels: some of CHANNELS, in any order.
-      mask_target: 'last', 'peak' (most deforming pixels) or 'union' of a series: `label_map`, and what a crop must show. With
-        'last' the label is that of the last interferogram, else positive if any is.
+      mask_target: 'last', 'peak' (most deforming pixels) or 'union' of a series: `label_map`, and what a crop must
+        show. With 'last' the label is that of the last interferogram, else it is positive if any is.
       crop: side in pixels; smaller where a frame is.
-      tile_stride: 0 = one random crop per example, which shows deformation if there is any; else a grid of crops at this stride,
-        each labelled by its own mask.
+      tile_stride: 0 = one random crop per example, which shows deformation if there is any; else a grid of crops at
+        this stride, each labelled by its own mask.
       dtype: 'float32', or 'float16' without the channels that it cannot hold.
-      quality_timeseries, annotations, frame_names: paths of side files, or 'none'; default: those in `input`, if any.
+      quality_timeseries, annotations, frame_names: paths, or 'none'; default: those in `input`, if any.
     Raises:
       UserError: an argument, a store or a side file is bad.
     """
-    root = pathlib.Path(input)
     _check(timeseries, mask_target, crop, tile_stride, dtype, channels)
+    root = pathlib.Path(input)
     cubes = {cube.frame: cube for cube in _open_all(root, frames, channels)}
-    side = {'quality_timeseries': quality_timeseries, 'annotations': annotations, 'frame_names': frame_names}
-    side = {name: _side_file(root, name, given) for name, given in side.items()}
+    given = dict(quality_timeseries=quality_timeseries, annotations=annotations, frame_names=frame_names)
+    side = {name: _side_file(root, name, path) for name, path in given.items()}
     known = samples.read_annotations(side['annotations']) if side['annotations'] else None
-    pairs = {}
+    if quality_timeseries not in (None, 'none') and known is None:
+        raise UserError(f'quality_timeseries {quality_timeseries!r} needs annotations, which tell the labels')
     if side['quality_timeseries'] and known is not None:
         pairs = samples.quality_pairs(_read_json(side['quality_timeseries']), known, cubes)
     else:
-        for cube in cubes.values():
-            pairs |= store_pairs(cube, known)
+        pairs = {pair: label for cube in cubes.values() for pair, label in store_pairs(cube, known).items()}
 
     groups = samples.group_pairs(pairs, ordering)
     if splits == 'frame':
         names = _read_json(side['frame_names']) if side['frame_names'] else {}
         volcano = samples.volcanoes(list(cubes), names)
         parts = samples.split_by_frame(groups, volcano, val_frames=val_frames, test_frames=test_frames, seed=seed)
-        shared = lambda group: volcano[group.frame]
+        unshared = lambda group: volcano[group.frame]
     else:
         if val_frames or test_frames:
             raise UserError(f'val_frames and test_frames need splits=frame, not {splits!r}')
         named = {'benchmark': samples.DATE_SPLITS, 'pretrain': samples.PRETRAIN_SPLITS}
         parts = samples.split_by_date(groups, named.get(splits) or samples.parse_ranges(splits))
-        shared = lambda group: f'{group.frame}/{group.date}'
+        unshared = lambda group: f'{group.frame}/{group.date}'
 
     cells = {frame: _cells(cube, [p[1:] for p in pairs if p[0] == frame]) for frame, cube in cubes.items()}
     items = {}
     for split, members in parts.items():
-        items[split] = [item for group in members for chosen in samples.series(group, timeseries, split, seed)
-                        for item in _items(group, chosen, shared(group), cubes[group.frame], cells[group.frame],
-                                           ordering, mask_target, crop, tile_stride)]
+        items[split] = []
+        for group in members:
+            cube = cubes[group.frame]
+            for chosen in samples.series(group, timeseries, split, seed):
+                key = f'{group.frame}/{_dates(group, chosen, ordering)}'
+                where = tuple(cells[group.frame][group.pairs[i]] for i in chosen)
+                labels = [group.labels[i] for i in chosen]
+                label = None if tile_stride else labels[-1] if mask_target == 'last' else max(labels)
+                items[split] += [Item(key + suffix, unshared(group), label, (str(cube.path), where, window))
+                                 for suffix, window in _windows(cube.shape, crop, tile_stride)]
         np.random.default_rng(seed).shuffle(items[split])
     reading = Reading(tuple(channels), mask_target, crop, dtype, seed)
-    arguments = dict(timeseries=timeseries, ordering=ordering, splits=splits, frames=sorted(cubes), crop=crop,
-                     tile_stride=tile_stride, mask_target=mask_target, seed=seed, input=root.name)
-    prefixes = [f't{t}/' for t in range(timeseries)] if timeseries > 1 else ['']
-    return Dataset(
-        name=root.name, classes=CLASSES, items=items, load=functools.partial(load, reading),
-        channels=[ChannelSpec(prefix + c, 'phase', 2 * np.pi, UNITS[c]) if c == 'insar_difference' else
-                  ChannelSpec(prefix + c, unit=UNITS[c]) for prefix in prefixes for c in channels],
-        source={'converter': 'hephaestus_minicubes', 'arguments': arguments | {
-            name: path.name if path else None for name, path in side.items()}})
+    arguments = dict(timeseries=timeseries, ordering=ordering, splits=splits, val_frames=val_frames,
+                     test_frames=test_frames, frames=sorted(cubes), channels=channels, mask_target=mask_target,
+                     crop=crop, tile_stride=tile_stride, dtype=dtype, seed=seed, input=root.name)
+    arguments |= {name: path.name if path else None for name, path in side.items()}
+    steps = [f't{t}/' for t in range(timeseries)] if timeseries > 1 else ['']
+    return Dataset(root.name, [_channel(step + c, c) for step in steps for c in channels], CLASSES, items,
+                   functools.partial(load, reading), {'converter': 'hephaestus_minicubes', 'arguments': arguments})
 
 
 def _check(timeseries: int, mask_target: str, crop: int, tile_stride: int, dtype: str, channels: Sequence[str]) -> None:
     for name, value, least in (('timeseries', timeseries, 1), ('crop', crop, 1), ('tile_stride', tile_stride, 0)):
         if value < least:
             raise UserError(f'{name}={value}: expected at least {least}')
-    for name, value, allowed in (('mask_target', mask_target, samples.MASK_TARGETS), ('dtype', dtype, ('float32', 'float16')),
-                                 *(('channel', c, CHANNELS) for c in channels)):
-        if value not in allowed:
-            raise UserError(f'{name} {value!r} is unknown{nearest(value, allowed)}')
+    known = {'mask_target': ([mask_target], samples.MASK_TARGETS), 'dtype': ([dtype], ('float32', 'float16')),
+             'channel': (channels, CHANNELS)}
+    for name, (values, allowed) in known.items():
+        for value in values:
+            if value not in allowed:
+                raise UserError(f'{name} {value!r} is unknown{nearest(value, allowed)}')
     if not channels:
         raise UserError(f'channels are empty: expected some of {", ".join(CHANNELS)}')
     large = [c for c in channels if UNITS[c] in ('Pa', 'K kg m-2')]
@@ -224,7 +136,7 @@ def _open_all(root: pathlib.Path, frames: Sequence[str], channels: Sequence[str]
         raise UserError(f'input {root} is not a folder: expected one that holds <frame>.zarr')
     found = {p.stem: p for p in sorted(root.glob('*.zarr')) if p.is_dir()}
     if not found:
-        packed = ' (unpack the archives in it first)' if any(root.glob('*.zarr.*')) else ''
+        packed = ' (unpack its archives first)' if any(root.glob('*.zarr.*')) else ''
         raise UserError(f'input {root} holds no <frame>.zarr{packed}')
     for frame in frames:
         if frame not in found:
@@ -247,43 +159,57 @@ def _read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f'{path} is not JSON: {error}') from error
+        raise UserError(f'{path} is not JSON ({error})') from error
 
 
 def _cells(cube: Cube, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[int, int]]:
     """(primary, secondary) dates -> their indices in the store, which must hold an interferogram there."""
-    rows, columns = ({d: i for i, d in enumerate(cube.dates(f'{n}_date'))} for n in ('primary', 'secondary'))
-    absent = [p for p in pairs if p[0] not in rows or p[1] not in columns]
-    if not absent:
-        cells = np.array([(rows[p], columns[s]) for p, s in pairs], int).reshape(-1, 2)
-        absent = [p for p, there in zip(pairs, cube.scalars('valid_date_pair', cells)) if not there]
-    if absent:
-        raise UserError(f'{cube.path} holds no interferogram {"_".join(absent[0])}, but quality_timeseries.json lists it '
-                        '(--quality_timeseries=none takes what the stores hold)')
+    rows, columns = ({d: i for i, d in enumerate(cube.dates(name))} for name in DIMENSIONS[:2])
+    cells = np.array([(rows.get(p, -1), columns.get(s, -1)) for p, s in pairs], int).reshape(-1, 2)
+    for pair, cell, there in zip(pairs, cells, cube.scalars('valid_date_pair', cells)):
+        if not there or cell.min() < 0:
+            raise UserError(f'{cube.path} has no interferogram {"_".join(pair)}, which quality_timeseries.json lists '
+                            '(--quality_timeseries=none takes what the stores hold)')
     return {pair: tuple(cell) for pair, cell in zip(pairs, cells.tolist())}
 
 
-def _items(group: samples.Group, chosen: Sequence[int], shared: str, cube: Cube, cells: Mapping, ordering: str,
-           target: str, crop: int, stride: int) -> Iterable[Item]:
+def _dates(group: samples.Group, chosen: Sequence[int], ordering: str) -> str:
+    """PRIMARY_SECONDARY, with as many of the dates that aren't shared as there are."""
     others = list(dict.fromkeys(group.pairs[i][ordering == 'primary'] for i in chosen))
-    dates = [group.date, *others] if ordering == 'primary' else [*others, group.date]
-    key = f'{group.frame}/{"_".join(dates)}'
-    where = tuple(cells[group.pairs[i]] for i in chosen)
+    return '_'.join([group.date, *others] if ordering == 'primary' else [*others, group.date])
+
+
+def _windows(shape: tuple[int, int], crop: int, stride: int) -> Iterator[tuple[str, tuple[int, int, int] | None]]:
     if not stride:
-        labels = [group.labels[i] for i in chosen]
-        yield Item(key, shared, labels[-1] if target == 'last' else max(labels), (str(cube.path), where, None))
+        yield '', None
         return
-    for row, column, side in samples.tile_windows(cube.shape, crop, stride):
-        yield Item(f'{key}/r{row}_c{column}', shared, None, (str(cube.path), where, (row, column, side)))
+    for row, column, side in samples.tile_windows(shape, crop, stride):
+        yield f'/r{row}_c{column}', (row, column, side)
+
+
+def _channel(name: str, variable: str) -> ChannelSpec:
+    if variable == 'insar_difference':
+        return ChannelSpec(name, kind='phase', period=2 * np.pi, unit=UNITS[variable])
+    return ChannelSpec(name, unit=UNITS[variable])
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How `load` makes an example of an item."""
+    channels: tuple[str, ...]
+    mask_target: str
+    crop: int
+    dtype: str
+    seed: int
 
 
 @functools.lru_cache(maxsize=64)
 def _cube(path: str) -> Cube:
-    return Cube(path, ())
+    return Cube(path)
 
 
 def load(reading: Reading, item: Item) -> dict[str, Any]:
-    """The example of an item: image, valid, label and label_map."""
+    """The image, label map, validity and (for tiles) label of an item; a random crop follows from key and seed."""
     path, cells, window = item.data
     cube = _cube(path)
     masks = {cell: cube.read('deformation_mask', cell) for cell in set(cells)}
@@ -298,9 +224,9 @@ def load(reading: Reading, item: Item) -> dict[str, Any]:
     if {'insar_difference', 'insar_coherence'} <= set(reading.channels):
         steps = image.reshape(side, side, len(cells), -1)
         pair = [reading.channels.index(c) for c in ('insar_difference', 'insar_coherence')]
-        example['valid'] = np.ones(steps.shape, bool)
-        example['valid'][..., pair] = (steps[..., pair] != 0).any(-1, keepdims=True)
-        example['valid'] = example['valid'].reshape(image.shape)
+        valid = np.ones(steps.shape, bool)
+        valid[..., pair] = (steps[..., pair] != 0).any(-1, keepdims=True)
+        example['valid'] = valid.reshape(image.shape)
     return example
 
 
@@ -309,12 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = lambda text: tuple(filter(None, text.split(',')))
     parser.add_argument('--input', required=True, help='folder of <frame>.zarr')
     parser.add_argument('--timeseries', type=int, default=1, help='interferograms per example')
-    parser.add_argument('--ordering', choices=('primary', 'secondary'), default='primary', help='date shared by a series')
-    parser.add_argument('--splits', default='benchmark', help='benchmark, pretrain, frame, or NAME:YYYYMMDD-YYYYMMDD,...')
+    parser.add_argument('--ordering', choices=('primary', 'secondary'), default='primary', help='of a series')
+    parser.add_argument('--splits', default='benchmark', help='benchmark, pretrain, frame or NAME:YYYYMMDD-YYYYMMDD,..')
     parser.add_argument('--val_frames', type=names, default=(), help='with --splits=frame: frames, comma-separated')
     parser.add_argument('--test_frames', type=names, default=(), help='with --splits=frame: frames, comma-separated')
     parser.add_argument('--frames', type=names, default=(), help='convert these frames alone')
-    parser.add_argument('--channels', type=names, default=CHANNELS[:3], help=f"some of {','.join(CHANNELS)}")
+    parser.add_argument('--channels', type=names, default=CHANNELS[:3], help=f'some of {",".join(CHANNELS)}')
     parser.add_argument('--mask_target', choices=samples.MASK_TARGETS, default='union')
     parser.add_argument('--crop', type=int, default=512, help='side in pixels')
     parser.add_argument('--tile_stride', type=int, default=0, help='cut the frames into a grid of crops at this stride')
@@ -324,9 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f'--{name}', help="path, or 'none'; default: the one in the input folder, if any")
     add_flags(parser)
     given = parser.parse_args(arguments)
-    settings = options(given)
-    common = {'output', 'workers', 'compression', 'shard_mb', 'on_shared_group', 'on_duplicate', 'overwrite'}
-    convert(describe(**{k: v for k, v in vars(given).items() if k not in common}), given.output, **settings)
+    described = {k: v for k, v in vars(given).items() if k in inspect.signature(describe).parameters}
+    convert(describe(**described), given.output, **options(given))
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
     python -m data_prep.image_folder --input=cifar10.tar.xz --output=DIR --val_fraction=0.1
     python -m data_prep.image_folder --input=FOLDER --output=DIR --channels=phase.png,coherence.png,dem.png \
-        --kinds=phase:256,linear,linear --nodata=127,,
+        --kinds=phase:256,linear,linear --nodata=127,0,
 
 Paths are `<split>/<class>/x.jpg`, with splits train, val (or valid, validation) and test; or `<class>/x.jpg`, split at
 random by `--val_fraction` and `--test_fraction`, stratified by class, by whole groups where `--group_regex` finds
@@ -80,11 +80,11 @@ def picture_mode(data: bytes) -> str:
     Raises:
       ValueError: not an image, or of another mode.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     try:
         with Image.open(io.BytesIO(data)) as picture:
             mode = picture.mode
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:    # Pillow's words for a damaged file
         raise ValueError(f'{len(data)} bytes are not a readable image') from error
     if mode not in _MODES:
         raise ValueError(f'an image of mode {mode}, expected one of {", ".join(_MODES)}')
@@ -103,7 +103,7 @@ def read_pixels(data: bytes, channels: int) -> np.ndarray:
             if picture.mode not in ('F', 'I;16', 'I;16B') or picture.format in ('PNG', 'JPEG'):
                 return decode_image(data, channels)
             pixels = np.asarray(picture)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f'{len(data)} bytes are not a readable image ({first_line(error)})') from error
     if channels != 1:
         raise ValueError(f'one channel of {pixels.dtype} where {channels} are expected')
@@ -264,7 +264,7 @@ def main() -> None:
     a = parser.parse_args()
     with open_source(a.input, pathlib.Path(a.output, PARTIAL)) as source:
         dataset = describe(
-            source, name=a.name or pathlib.Path(a.input).name.split('.')[0], kinds=a.kinds, nodata=a.nodata,
+            source, name=a.name or pathlib.Path(a.input).resolve().name.split('.')[0], kinds=a.kinds, nodata=a.nodata,
             channels=a.channels.split(',') if a.channels else (), mode=a.mode, decode=a.decode, seed=a.seed,
             unlabelled=a.unlabelled, val_fraction=a.val_fraction, test_fraction=a.test_fraction,
             group_regex=a.group_regex, provenance=convert.provenance('data_prep.image_folder', a))

@@ -68,7 +68,8 @@ def label_of(annotation: Mapping[str, Any]) -> int:
     return 0 if 'Non_Deformation' in annotation['label'] else 1
 
 
-def quality_pairs(timeseries: Mapping[str, Mapping[str, Mapping[str, Any]]], annotations: Mapping[Pair, Mapping[str, Any]],
+def quality_pairs(timeseries: Mapping[str, Mapping[str, Mapping[str, Any]]],
+                  annotations: Mapping[Pair, Mapping[str, Any]],
                   frames: Iterable[str] | None = None) -> dict[Pair, int]:
     """Interferograms -> labels, as quality_timeseries.json lists them; of all or some frames.
 
@@ -83,7 +84,7 @@ def quality_pairs(timeseries: Mapping[str, Mapping[str, Mapping[str, Any]]], ann
             for secondary in group['secondary_date']:
                 pair = (frame, primary, secondary)
                 if pair not in annotations:
-                    raise UserError(f'interferogram {frame}/{primary}_{secondary} of quality_timeseries.json has no annotation')
+                    raise UserError(f'{frame}/{primary}_{secondary} of quality_timeseries.json has no annotation')
                 pairs[pair] = label_of(annotations[pair])
     return pairs
 
@@ -175,9 +176,9 @@ def generator(seed: int, name: str) -> np.random.Generator:
 def series(group: Group, length: int, split: str, seed: int) -> list[tuple[int, ...]]:
     """The series of `length` interferograms made from a group, as indices into its pairs, in chronological order.
 
-    A shorter group is padded by repeating random members. From a longer one come all subsets in order, thinned: the first is
-    kept, those that share too many members with it go, and so on. Too many is `length` - 1 for positive groups and
-    `length` - 2 for negative ones in train, and 1 elsewhere.
+    A shorter group is padded by repeating random members. A longer one gives all its subsets in order, thinned: the
+    first is kept, those that share too many members with it go, and so on. Too many is `length` - 1 for positive and
+    `length` - 2 for negative groups of train, and 1 elsewhere.
     """
     n = len(group.pairs)
     if n <= length:
@@ -201,16 +202,16 @@ def series(group: Group, length: int, split: str, seed: int) -> list[tuple[int, 
 def mask_target(masks: np.ndarray, which: str) -> np.ndarray:
     """Of masks (T, H, W): the last one, the one with most pixels ('peak'), or their union; (H, W) uint8 of 0 and 1."""
     masks = masks > 0
-    chosen = {'last': lambda: masks[-1], 'peak': lambda: masks[masks.sum((1, 2)).argmax()], 'union': lambda: masks.any(0)}
-    return chosen[which]().astype(np.uint8)
+    index = {'last': -1, 'peak': masks.sum((1, 2)).argmax()}
+    return (masks.any(0) if which == 'union' else masks[index[which]]).astype(np.uint8)
 
 
 def crop_window(mask: np.ndarray, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
     """Top row, left column and side of a random square crop that shows some of `mask`, if it has any.
 
-    The centre of the mask's bounding box, or of the frame, moves by up to a quarter of `size` per axis, again and again until a
-    pixel of the mask is inside, at most 10 times; then the crop is centred on one. It never leaves the frame, and is smaller
-    than `size` only in a frame that is.
+    The centre of the mask's bounding box, or of the frame, moves by up to a quarter of `size` per axis, again and again
+    until a pixel of the mask is inside, at most 10 times; then the crop is centred on such a pixel. It never leaves the
+    frame, and is smaller than `size` only in a frame that is.
     """
     shape = np.array(mask.shape)
     side = int(min(size, *shape))

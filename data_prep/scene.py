@@ -6,13 +6,13 @@ import numpy as np
 from data_prep.deformation import WAVELENGTH, wrap
 
 SCALE_HEIGHT = 2000.0        # m, e-folding height of water vapour
-DELAY_PER_VAPOUR = 6.5e-3    # m of zenith delay per kg/m^2 of water vapour (Bevis et al. 1992: their ratio is about 0.15)
+DELAY_PER_VAPOUR = 6.5e-3    # m of zenith delay per kg/m^2 of water vapour (Bevis et al. 1992: about 1 / 0.15)
 LOOKS = 32                   # independent samples averaged per pixel
 
 
 @dataclasses.dataclass(frozen=True)
 class Terrain:
-    """Height in metres (0 at sea), vegetation cover in [0, 1] and water, each (height, width); (row, column) of a summit."""
+    """Height in m (0 at sea), vegetation cover in [0, 1] and water, each (height, width); (row, column) of a summit."""
     dem: np.ndarray
     vegetation: np.ndarray
     water: np.ndarray
@@ -36,7 +36,7 @@ def power_law(rng: np.random.Generator, shape: tuple[int, int], slope: float, be
 
 
 def terrain(rng: np.random.Generator, shape: tuple[int, int], spacing: float) -> Terrain:
-    """Shield volcanoes with calderas and radial lava flows on a fractal base: a coast, a highland with lakes, or neither.
+    """Shield volcanoes with calderas and lava flows on a fractal base: a coast, a highland with lakes, or neither.
 
     Args:
       spacing: metres per pixel.
@@ -96,11 +96,11 @@ def coherence(ground: Terrain, spacing: float, days: float, gain: float) -> np.n
 
 def decorrelate(rng: np.random.Generator, phase: np.ndarray, expected: np.ndarray,
                 looks: int = LOOKS) -> tuple[np.ndarray, np.ndarray]:
-    """What `looks` samples of coherence `expected` yield: the noisy wrapped phase, and the estimated coherence in [0, 1].
+    """What `looks` samples of coherence `expected` yield: noisy wrapped phase, and estimated coherence in [0, 1].
 
-    Draws the 2x2 sample covariance of circular Gaussian signals from its exact distribution, a complex Wishart (Goodman
-    1963), by its Bartlett factor, so that the phase noise and the coherence estimate belong together. The bias 1 / looks
-    of the squared coherence is taken off.
+    Draws the 2x2 sample covariance of circular Gaussian signals from its exact distribution, a complex Wishart
+    (Goodman 1963), by its Bartlett factor, so that phase noise and coherence estimate belong together. The bias
+    1 / looks of the squared coherence is taken off.
     """
     first = np.sqrt(rng.standard_gamma(looks, phase.shape))
     second = np.sqrt(rng.standard_gamma(looks - 1, phase.shape))
@@ -154,5 +154,5 @@ def low_pass(field: np.ndarray, pixels: float) -> np.ndarray:
 
 
 def delay_phase(primary: Weather, secondary: Weather) -> np.ndarray:
-    """The atmosphere's share of the unwrapped phase, rad; as in `to_phase`, a path longer at the secondary is positive."""
+    """The atmosphere's share of the unwrapped phase, rad: a longer path at the secondary is positive."""
     return 4 * np.pi / WAVELENGTH * (secondary.delay - primary.delay)

@@ -94,21 +94,17 @@ def own_folder(out: pathlib.Path, fingerprint: str, overwrite: bool) -> Iterator
       UserError: another process converts to `out`, or it holds another conversion's work and `overwrite` is not set.
     """
     partial, plan = out / PARTIAL, out / PARTIAL / 'plan'
+    ours = plan.read_text() == fingerprint if plan.exists() else not any(out.glob('*.arrayrecord'))
+    if not ours and not overwrite:
+        raise UserError(f'{out} holds an unfinished conversion of other items, options or package versions: '
+                        'choose another --output, or replace it with --overwrite')
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / 'lock', 'w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f'another conversion is writing to {out}') from None
-        foreign = (out / MANIFEST).exists()
-        if plan.exists():
-            foreign |= plan.read_text() != fingerprint
-        else:
-            foreign |= any(out.glob('*.arrayrecord'))
-        if foreign:
-            if not overwrite:
-                raise UserError(f'{out} holds an unfinished conversion of other items, options or package versions: '
-                                'choose another --output, or replace it with --overwrite')
+        if not ours or (out / MANIFEST).exists():
             # The manifest goes first: without it nothing that is left passes for a data set.
             (out / MANIFEST).unlink(missing_ok=True)
             for path in [*out.glob('*.arrayrecord'), *partial.glob('*.part'), *partial.glob('*.tmp')]:
@@ -130,16 +126,17 @@ def _write(plan: Plan, name: str, items: Sequence[Any], tick: Callable[[], Any])
     from array_record.python.array_record_module import ArrayRecordWriter
     temporary = plan.out / PARTIAL / f'{name}.tmp'
     gathered = Gatherer(plan.fields, plan.anchors, len(plan.dataset.classes))
-    try:
+    with _writing(plan.out / name):
         writer = ArrayRecordWriter(str(temporary), plan.options)
-        for item in items:
-            example = load_example(plan.dataset, item, with_group=plan.with_group)
-            gathered.add(example)
-            writer.write(records.encode(example.fields))
-            tick()
+    for item in items:
+        example = load_example(plan.dataset, item, with_group=plan.with_group)
+        gathered.add(example)
+        record = records.encode(example.fields)
+        with _writing(plan.out / name):
+            writer.write(record)
+        tick()
+    with _writing(plan.out / name):
         writer.close()
-    except RuntimeError as error:   # array_record's word for a failed write, a full disk above all
-        raise UserError(f'cannot write {plan.out / name} ({first_line(error)})') from error
     with open(temporary, 'rb') as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -151,6 +148,15 @@ def _write(plan: Plan, name: str, items: Sequence[Any], tick: Callable[[], Any])
         'hashes': np.frombuffer(b''.join(gathered.hashes), np.uint64).reshape(-1, 2), **gathered.statistics.state()}))
     os.replace(temporary, plan.out / name)
     sync_folder(plan.out)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns array_record's word for a failed write, a full disk above all, into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f'cannot write {path} ({first_line(error)})') from error
 
 
 def _write_in_pool(plan: Plan, work: Sequence[tuple[str, Sequence[Any]]], workers: int, bar: Any) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from data_prep import deformation, scene
-from data_prep.hephaestus_minicubes import ATMOSPHERE
 from data_prep.minicube_samples import DATE_SPLITS
+from data_prep.minicube_store import ATMOSPHERE
 from ssl_jax.errors import UserError
 
 # Codes of the masks: in the order of the 2022 data set. The published minicubes don't tell theirs.
@@ -25,7 +25,7 @@ SMALLEST = 12                   # pixels: a smaller mask counts as no deformatio
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A primary acquisition and its secondaries, as indices of dates; `onset` is the first secondary that sees a motion."""
+    """A primary acquisition and its secondaries, as indices of dates; `onset`: the first secondary that sees motion."""
     primary: int
     secondaries: tuple[int, ...]
     onset: int | None
@@ -42,13 +42,14 @@ def draw_groups(rng: np.random.Generator, index: int, primaries: int, share: flo
         first, last = (np.datetime64(f'{d[:4]}-{d[4:6]}-{d[6:]}') for d in DATE_SPLITS[split])
         room = np.flatnonzero((dates[:-longest] >= first) & (dates[:-longest] <= last))
         if n > len(room):
-            raise UserError(f'primaries={primaries}: {n} in {split}, but a frame has only {len(room)} acquisitions there')
-        # Steps of the golden ratio spread the rounding evenly over frames; frame 0 rounds up, for a positive everywhere.
+            raise UserError(f'primaries={primaries}: {n} of them in {split}, but a frame has {len(room)} dates there')
+        # Steps of the golden ratio spread the rounding over frames; frame 0 rounds up, so no split lacks positives.
         positives = int(n * share + 1 - 1e-9 - (index * 0.618034 + (turn if index else 0)) % 1)
         for rank, primary in enumerate(rng.permutation(room)[:n].tolist()):
             length = int(rng.choice(list(GROUP_LENGTHS), p=frequencies / frequencies.sum()))
             onset = int(length > 1 and rng.random() < 0.25)
-            groups.append(Group(primary, tuple(range(primary + 1, primary + 1 + length)), onset if rank < positives else None))
+            secondaries = tuple(range(primary + 1, primary + 1 + length))
+            groups.append(Group(primary, secondaries, onset if rank < positives else None))
     return dates, sorted(groups, key=lambda g: g.primary)
 
 
@@ -76,7 +77,7 @@ class Frame:
         rng = np.random.default_rng([self.seed, 2, self.index, group.primary])
         smooth = scene.low_pass(self.ground.dem, 12e3 / SPACING)
         primary = self._weather(group.primary, dates, smooth)
-        activity, first_motion = ('', 0.0) if group.onset is None else self._source(rng)
+        activity, stage, first_motion = ('', 'Rest', 0.0) if group.onset is None else self._source(rng)
         time_constant = rng.uniform(8, 50)
         found = []
         for position, acquisition in enumerate(group.secondaries):
@@ -86,7 +87,7 @@ class Frame:
             secondary = self._weather(acquisition, dates, smooth)
             days = (acquisition - group.primary) * REPEAT
             motion = np.broadcast_to(np.float32(growth * first_motion), self.swath.shape)
-            rasters, annotation = self._interferogram(rng, primary, secondary, days, activity, motion)
+            rasters, annotation = self._interferogram(rng, primary, secondary, days, activity, stage, motion)
             names = [str(dates[a]).replace('-', '') for a in (group.primary, acquisition)]
             found.append((rasters, dict(zip(('primary_date', 'secondary_date'), names)) | annotation))
         return found
@@ -98,12 +99,12 @@ class Frame:
         vapour = max(2.0, self.climate * (1 + 0.25 * np.cos(2 * np.pi * season)) + rng.normal(0, 2.0))
         return scene.weather(rng, self.ground, smooth, spacing=SPACING, vapour=vapour, incidence=INCIDENCE)
 
-    def _source(self, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-        """The kind of a random source near the summit, and the phase of its first interferogram, rad."""
+    def _source(self, rng: np.random.Generator) -> tuple[str, str, np.ndarray]:
+        """Activity and stage (Unrest, ...) of a random source near the summit, and what its first pair sees, rad."""
         activity = str(rng.choice(list(SOURCES), p=list(SOURCES.values())))
         shape = np.array(self.swath.shape)
         firm = scene.low_pass((1 - self.ground.vegetation) * ~self.ground.water * self.swath, 4)
-        places = np.array(self.ground.summit) + rng.normal(0, 0.12, (4, 2)) * shape
+        places = np.array(self.ground.summit) + rng.normal(0, min(0.12 * shape.min(), 4e3 / SPACING), (4, 2))
         places = np.clip(places, 0.12 * shape, 0.88 * shape).astype(int)
         row, column = max(places, key=lambda at: firm[tuple(at)])       # where an interferogram shows it best
         rows, columns = np.mgrid[:shape[0], :shape[1]]
@@ -129,17 +130,19 @@ class Frame:
         # Peaks span the published intensity levels, but no fringe is narrower than a wrapped phase can show.
         steepest = max(np.abs(g).max() for g in np.gradient(phase))
         peak = min(np.exp(rng.uniform(np.log(4), np.log(35))), 1.5 / steepest)
-        deflates = activity != 'Earthquake' and rng.random() < 0.08
-        return activity, (-peak if deflates else peak) * phase
+        deflates = rng.random() < 0.08
+        stage = 'None' if activity == 'Earthquake' else 'Rebound' if deflates else 'Unrest'
+        return activity, stage, (-peak if deflates else peak) * phase
 
-    def _interferogram(self, rng, primary: scene.Weather, secondary: scene.Weather, days: int, activity: str,
-                       motion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _interferogram(self, rng: np.random.Generator, primary: scene.Weather, secondary: scene.Weather, days: int,
+                       activity: str, stage: str, motion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         shape, ground = motion.shape, self.ground
         rows, columns = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
         flaw = rng.choice(['', 'corrupted', 'processing_error', 'no_info'], p=[0.95, 0.015, 0.025, 0.01])
-        tilt = rng.normal(0, 4.0 if rng.random() < 0.01 else 0.4, 2)      # what wrong orbits leave, rad across the frame
+        tilt = rng.normal(0, 4.0 if rng.random() < 0.01 else 0.4, 2)      # what orbits leave, rad across the frame
+        ramp = tilt[0] * rows / shape[0] + tilt[1] * columns / shape[1] + rng.uniform(-np.pi, np.pi)
         atmosphere = scene.delay_phase(primary, secondary)
-        phase = motion + atmosphere + tilt[0] * rows / shape[0] + tilt[1] * columns / shape[1] + rng.uniform(-np.pi, np.pi)
+        phase = motion + atmosphere + ramp
         expected = scene.coherence(ground, SPACING, days, rng.uniform(0.8, 1.0))
         for slope in np.gradient(motion):      # what averaging over a pixel leaves of a phase ramp across it
             expected = expected * np.abs(np.sinc(slope / (2 * np.pi)))
@@ -153,7 +156,7 @@ class Frame:
         usable = self.swath & ~ground.water
         mask = (np.abs(motion) >= VISIBLE) & usable
         if mask.sum() < SMALLEST:
-            mask, activity = np.zeros(shape, bool), ''
+            mask, activity, stage = np.zeros(shape, bool), '', 'Rest'
         quake = activity == 'Earthquake'
         cycles = np.abs(motion[mask]).max() / (2 * np.pi) if activity else 0
         intensity = 'None' if quake or not activity else 'Low' if cycles < 1.5 else 'Medium' if cycles < 3 else 'High'
@@ -168,7 +171,6 @@ class Frame:
 
         stratified = usable.any() and np.ptp(atmosphere[usable]) > 2 * np.pi
         turbulent = np.hypot(primary.turbulence, secondary.turbulence) * 4 * np.pi / deformation.WAVELENGTH > 1
-        rebound = activity and not quake and motion.flat[np.abs(motion).argmax()] > 0
         kind = 'earthquake' if quake else f'{activity.lower()}-type deformation'
         return rasters, {
             'corrupted': int(flaw == 'corrupted'), 'processing_error': 2 * int(flaw == 'processing_error'),
@@ -178,8 +180,7 @@ class Frame:
             'image_artifacts': 0, 'is_crowd': 0, 'confidence': 0.8,
             'label': ['Earthquake'] if quake else ['Deformation'] if activity else ['Non_Deformation'],
             'activity_type': [activity] if activity else [], 'intensity_level': [intensity] if activity else [],
-            'phase': 'None' if quake else 'Rebound' if rebound else 'Unrest' if activity else 'Rest',
-            'segmentation_mask': [outline(mask)] if activity else [],
+            'phase': stage, 'segmentation_mask': [outline(mask)] if activity else [],
             'caption': ('Turbulent mixing can be detected. ' if turbulent else '') + (
                 f'A pattern of {kind} can be detected, its intensity is {intensity.lower()}.' if activity else
                 'No deformation activity can be detected.')}

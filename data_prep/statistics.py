@@ -135,8 +135,8 @@ class Statistics:
 
 def _ordered(x: np.ndarray) -> np.ndarray:
     """float32 to uint32 that sort alike."""
-    bits = x.view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    negative = (x.view(np.int32) >> 31).view(np.uint32)     # all bits of the negative ones, none of the others
+    return x.view(np.uint32) ^ (negative | np.uint32(1 << 31))
 
 
 def _edge(index: int) -> float:

@@ -65,8 +65,8 @@ def text(run: Run) -> list[str]:
 
     per_image = run.flops_per_step / experiment.batch
     total = run.flops_per_step * run.total_steps
-    lines += ['', f'FLOPs       {per_image / 1e9:,.3f} GFLOP per image (forward and backward), '
-                  f'{run.flops_per_step / 1e12:,.3f} TFLOP per step, {total / 1e15:,.4g} PFLOP in all']
+    lines += ['', f'FLOPs       {per_image / 1e9:,.4g} GFLOP per image (forward and backward), '
+                  f'{run.flops_per_step / 1e9:,.4g} GFLOP per step, {total / 1e12:,.4g} TFLOP in all']
     peak = flops.peak_flops(jax.devices()[0])
     if peak:
         hours = total / (peak * jax.device_count()) / 3600

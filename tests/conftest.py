@@ -1,8 +1,14 @@
 """Two CPU devices for the whole suite, compiled programs kept for the session, and small data sets."""
 import os
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
+
+# Programs compiled once are shared by all tests, their subprocesses and pytest's own workers.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix='ssl_jax_tests_')
+    os.environ |= {'JAX_COMPILATION_CACHE_DIR': _cache.name, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
 
 import sys
 

@@ -12,7 +12,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from ssl_jax.data import pipeline, records
+from ssl_jax.data import records, stream
 from ssl_jax.data.pipeline import Data
 from ssl_jax.data.source import Channel, Field, Manifest, Shard, Split
 from ssl_jax.errors import UserError
@@ -118,7 +118,7 @@ def test_every_epoch_is_a_new_permutation(root):
 
 
 def test_large_data_sets_are_shuffled_too(root, monkeypatch):
-    monkeypatch.setattr(pipeline, 'SMALL', 10)
+    monkeypatch.setattr(stream, 'SMALL', 10)
     order = np.concatenate([b['index'] for b in take(Data(root, fields=('label',)), 6, batch=8)])
     np.testing.assert_array_equal(np.sort(order[:23]), np.arange(23))
     np.testing.assert_array_equal(np.sort(order[23:46]), np.arange(23))
@@ -257,6 +257,15 @@ def test_canvas_of_a_fixed_size_set_needs_valid_only_for_padding(root):
     batch = next(iter(padded.eval('val', batch=2)))
     assert padded.image_size == (8, 8) and batch['image'].shape == (2, 8, 8, 2)
     np.testing.assert_array_equal(batch['valid'][:, :, :, 0].all(2), [[False] + [True] * 6 + [False]] * 2)
+
+
+def test_planned_shapes_stand_in_for_what_is_not_there(root, tmp_path):
+    planned = dict(records=100, image_size=(16, 24), channels=('a', 'b'), classes=3)
+    data = Data(str(tmp_path / 'later'), planned=planned, canvas=16).or_planned()
+    assert (data.image_size, data.records, len(data.channels), len(data.classes)) == ((16, 16), 100, 2, 3)
+    assert data.abstract(4)['image'].shape == (4, 16, 16, 2)
+    there = Data(root, planned=planned)
+    assert there.or_planned() is there and there.records == 23
 
 
 # ---- bad input

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,7 @@ def test_reference_forward():
         assert_golden('vit', logits, out['logits'][pool], golden[logits])
 
 
-@pytest.mark.parametrize('options', [{}, {'unroll': True}, {'remat': True}, {'remat': True, 'unroll': 2}], ids=str)
+@pytest.mark.parametrize('options', [{}, {'unroll': True}, {'remat': True, 'unroll': 2}], ids=str)
 def test_reference_gradients(options):
     golden, (params, head) = load('vit.npz'), split_head(load('vit.safetensors'))
     net, image = golden_vit(**options), nhwc(golden['x'])
@@ -221,6 +223,21 @@ def test_half_precision_softmax_is_float32():
     assert 'exp' in text and not [line for line in text.splitlines() if ' exp ' in line and 'bf16' in line]
 
 
+def test_fused_attention_only_where_cudnn_takes_it(monkeypatch):
+    def takes(dtype='bfloat16', width=64, platform='gpu', version='cuda 12090', capability='9.0', fsdp=1):
+        device = types.SimpleNamespace(platform=platform, compute_capability=capability,
+                                       client=types.SimpleNamespace(platform_version=version))
+        monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8 // fsdp, fsdp), ('data', 'fsdp'))):
+            return layers.cudnn_takes(jnp.dtype(dtype), width)
+
+    assert not layers.cudnn_takes(jnp.bfloat16, 64)
+    assert takes() and takes('float16') and takes(width=128) and takes(capability='12.0')
+    for refused in (dict(dtype='float32'), dict(width=20), dict(width=160), dict(platform='tpu', version=''),
+                    dict(version='rocm 6'), dict(capability='7.5'), dict(fsdp=2)):
+        assert not takes(**refused), refused
+
+
 def test_drop_path_keeps_the_expectation_and_rises_with_depth():
     keys = jax.random.split(jax.random.key(0), 4000)
     gains = np.asarray(layers.drop_path_gains(keys, 0.4, 5))
@@ -252,6 +269,8 @@ def test_drop_path_belongs_to_the_example():
     (dict(width=30, heads=3), 'width=30'),
     (dict(width=None), 'width=None'),
     (dict(drop_path=1.0), 'drop_path=1.0'),
+    (dict(patch=0), 'patch=0'),
+    (dict(registers=-1), 'registers=-1'),
 ])
 def test_bad_input(options, message):
     with pytest.raises(UserError, match=message):

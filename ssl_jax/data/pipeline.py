@@ -7,25 +7,17 @@ Each process cuts its contiguous block out of every batch and reads only that.
 """
 import dataclasses
 import functools
-import os
 import pathlib
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import connection, parent_process
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from ssl_jax.config import bind
-from ssl_jax.data import decode, embedded, records, tfds_source
+from ssl_jax.data import decode, embedded, records, stream, tfds_source
 from ssl_jax.data.source import MANIFEST, Channel, Field, Manifest, ShardSource, Split
 from ssl_jax.errors import UserError, nearest
 
-SMALL = 2 ** 16   # records; grain's own shuffle takes milliseconds per example of a small data set
-BUFFER = 2          # batches on their way from a worker
 BATCHED = ('image', 'label', 'label_map')   # the field kinds that reach a batch unasked; 'valid' comes with 'image'
 
 
@@ -93,7 +85,8 @@ class Data:
 
     def or_planned(self) -> 'Data':
         """This data set, or where it is not there, shapes without content after `planned`."""
-        return self if self.exists() or self.planned is None else PlannedData(**vars(self))
+        return self if self.exists() or self.planned is None else PlannedData(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @functools.cached_property
     def folder(self) -> pathlib.Path:
@@ -137,8 +130,8 @@ class Data:
         return {k: np.broadcast_to(np.zeros((), dtype), (batch, *shape)) for k, (shape, dtype) in spec.items()}
 
     def train(self, *, seed: int, batch: int, start: int = 0, process_index: int = 0,
-              process_count: int = 1) -> grain.DatasetIterator:
-        """An endless iterator over this process's blocks of the global batches, from step `start` on; close it.
+              process_count: int = 1) -> Generator[stream.Batch, None, None]:
+        """An endless iterator over this process's blocks of the global batches, from step `start` on; close() it.
 
         Args:
           seed: of the order, in [0, 2**32).
@@ -149,13 +142,11 @@ class Data:
         if not 0 <= seed < 2 ** 32:
             raise UserError(f'seed {seed}: expected a number in [0, 2**32)')
         load = self.load(self.split, self.fields, self.limit)
-        order = grain.MapDataset.range(load.count)
-        if self.shuffle:
-            order = order.seed(seed).shuffle() if load.count > SMALL else Shuffle(order, seed)
-        return iter(self._batches(order.repeat(None), load, batch, start, process_index, process_count))
+        order = stream.sample_order(load.count, seed=seed if self.shuffle else None, endless=True)
+        return stream.iterate(self._batches(order, load, batch, start, process_index, process_count))
 
     def eval(self, split: str, *, batch: int, process_index: int = 0, process_count: int = 1,
-             fields: Sequence[str] | None = None, limit: int | None = None) -> 'Batches':
+             fields: Sequence[str] | None = None, limit: int | None = None) -> stream.Batches:
         """All examples of a split in order, once: this process's blocks of ceil(n / batch) global batches.
 
         The last batch is filled up with repeats of the last example of weight 0. All processes get equally many.
@@ -170,9 +161,9 @@ class Data:
           UserError: as `train`.
         """
         load = self.load(split, self.fields if fields is None else fields, limit, weighted=True)
-        order = grain.MapDataset.range(-(-load.count // batch) * batch)
-        return Batches(self._batches(order, load, batch, 0, process_index, process_count),
-                       -(-load.count // batch))
+        steps = -(-load.count // batch)
+        order = stream.sample_order(steps * batch)
+        return stream.Batches(self._batches(order, load, batch, 0, process_index, process_count), steps)
 
     def keys(self, split: str, indices: Sequence[int]) -> list[str]:
         """The names of examples by `index`, for reports."""
@@ -240,22 +231,11 @@ class Data:
             return self.fit != 'cover'
         return decode.needs_padding(size, self.image_size, self.fit)
 
-    def _batches(self, order: grain.MapDataset, load: 'Load', batch: int, start: int, process_index: int,
-                 process_count: int) -> grain.IterDataset:
+    def _batches(self, order, load: 'Load', batch: int, start: int, process_index: int, process_count: int):
         if batch < 1 or batch % process_count:
             raise UserError(f'batch {batch} is not divisible by {process_count} processes')
-        dataset = BlockShard(order, batch, process_index, process_count).map(load)
-        dataset = dataset.batch(batch // process_count, drop_remainder=True)[start:]
-        # grain's default of 500 buffered elements are batches here, and fill any memory.
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.prefetch)
-        dataset = dataset.to_iter_dataset(options)
-        if self.workers:
-            if not flags.FLAGS.is_parsed():   # grain reads its own flags when it starts workers
-                flags.FLAGS.mark_as_parsed()
-            workers = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=BUFFER)
-            dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
-        return dataset
-
+        return stream.batches(order, load, batch=batch, start=start, block=process_index, blocks=process_count,
+                              threads=self.threads, workers=self.workers, prefetch=self.prefetch)
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -283,23 +263,6 @@ class PlannedData(Data):
                         classes=tuple(f'class {i}' for i in range(planned.classes)))
 
 
-class Batches:
-    """The host batches of an evaluation: sized, and fresh on every iteration."""
-
-    def __init__(self, dataset: grain.IterDataset, length: int):
-        self.dataset, self.length = dataset, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        iterator = iter(self.dataset)
-        try:
-            yield from iterator
-        finally:
-            iterator.close()
-
-
 class Examples:
     """The examples of a converted split, as their converter wrote them."""
 
@@ -311,51 +274,6 @@ class Examples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return records.decode(self.source[index])
-
-
-class Shuffle(grain.MapDataset):
-    """A permutation of `parent`, a new one in every epoch, that is kept as an array while it is in use."""
-
-    def __init__(self, parent: grain.MapDataset, seed: int):
-        super().__init__(parent)
-        self.order_seed = seed
-
-    def __len__(self) -> int:
-        return len(self._parent)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        epoch, row = divmod(index, len(self))
-        return self._parent[epoch * len(self) + int(_permutation(self.order_seed, epoch, len(self))[row])]
-
-
-@functools.lru_cache(4)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-class BlockShard(grain.MapDataset):
-    """The i-th of n contiguous blocks of every global batch of `parent`, as (position, element).
-
-    Splitting into blocks, and not every n-th element, keeps the rows of a global batch in order when the processes'
-    parts are put together.
-    """
-
-    def __init__(self, parent: grain.MapDataset, batch: int, i: int, n: int):
-        super().__init__(parent)
-        self.batch_size, self.block = batch, batch // n
-        self.offset = i * self.block
-
-    def __len__(self) -> int:
-        return len(self._parent) // self.batch_size * self.block
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        step, row = divmod(index, self.block)
-        position = step * self.batch_size + self.offset + row
-        return position, self._parent[position]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,18 +338,3 @@ class Load:
         if valid is None and 'valid' in self.spec:
             pixels['valid'] = np.ones((*self.canvas, 1), bool)
         return {k: v for k, v in pixels.items() if k in self.spec}
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Runs first in every worker process."""
-    # grain imports jax where it is installed; should anything touch it here, it must not take an accelerator.
-    if 'jax' in sys.modules:
-        sys.modules['jax'].config.update('jax_platforms', 'cpu')
-    # A worker whose parent was killed would go on filling its buffer. (Linux's PR_SET_PDEATHSIG follows the thread that
-    # started the worker, which grain ends on close, while the worker may hold a lock of the queue.)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    connection.wait([parent_process().sentinel])
-    os._exit(1)

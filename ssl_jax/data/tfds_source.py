@@ -75,16 +75,19 @@ def manifest(name: str) -> Manifest:
 
 def prepared(name: str) -> bool:
     """Whether the data set can be read here."""
-    import tensorflow_datasets as tfds
     try:
-        return bool(tfds.builder(name).info.splits)
-    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError):
+        _builder(name)
+    except UserError:
         return False
+    return True
 
 
 @functools.lru_cache(8)
 def _builder(name: str) -> Any:
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f'tfds:{name} needs the package tensorflow_datasets ({error})') from error
     try:
         builder = tfds.builder(name)
     except tfds.core.DatasetNotFoundError as error:

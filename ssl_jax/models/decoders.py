@@ -15,14 +15,15 @@ class MAEDecoder(nnx.Module):
       grid: (rows, columns) of patches.
       values: predicted numbers per patch.
     Raises:
-      UserError: a width that is not a multiple of the heads and of 4.
+      UserError: a width that is not a multiple of the heads and of 4, or not positive numbers.
     """
 
     def __init__(self, *, width: int = 512, depth: int = 8, heads: int = 16, mlp_ratio: float = 4.0,
                  remat: bool = False, unroll: int | bool = 1, encoder_width: int, grid: tuple[int, int], values: int,
                  dtype: str = 'float32', rngs: nnx.Rngs):
-        if width % heads or width % 4:
-            raise UserError(f'decoder width={width}: expected a multiple of heads={heads} and of 4')
+        if min(width, depth, heads) < 1 or width % heads or width % 4:
+            raise UserError(f'decoder width={width}, depth={depth}, heads={heads}: expected positive numbers, '
+                            'width a multiple of heads and of 4')
         self.width, self.grid, self.dtype, self.remat, self.unroll = width, grid, dtype, remat, unroll
         self.embed = nnx.Linear(encoder_width, width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs)
         self.mask_token = nnx.Param(layers.normal(rngs.params(), (1, 1, width)))

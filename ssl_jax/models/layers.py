@@ -29,10 +29,20 @@ def take_tokens(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of q, k, v (B, T, heads, head width), softmax in float32; cuDNN's kernel where it takes the shape."""
-    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
-    fused = jax.default_backend() == 'gpu' and half and width % 8 == 0 and width <= 128
+    """Attention of q, k, v (B, T, heads, head width), softmax in float32; by cuDNN's fused kernel where it can be."""
+    fused = cudnn_takes(q.dtype, q.shape[-1])
     return jax.nn.dot_product_attention(q, k, v, implementation='cudnn' if fused else 'xla')
+
+
+def cudnn_takes(dtype: Any, head_width: int) -> bool:
+    """Whether cuDNN's attention runs here: a CUDA device since Ampere, 16-bit types, a head width it was made for."""
+    device, mesh = jax.local_devices()[0], jax.sharding.get_abstract_mesh().shape
+    if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
+        return False
+    # It refuses operands split along tokens or head width, which XLA may choose where parameters are split.
+    whole = all(size == 1 for axis, size in mesh.items() if axis != 'data')
+    return (whole and float(device.compute_capability) >= 8 and dtype in (jnp.bfloat16, jnp.float16)
+            and head_width % 8 == 0 and head_width <= 128)
 
 
 def layer_norm(width: int, dtype: Any, *, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -51,6 +51,9 @@ class ViT(nnx.Module):
         if not (width and depth and heads):
             raise UserError(f'vit width={width}, depth={depth}, heads={heads}: expected a size '
                             f"({', '.join(SIZES)}) or all three")
+        if min(patch, width, depth, heads) < 1 or registers < 0:
+            raise UserError(f'vit patch={patch}, width={width}, depth={depth}, heads={heads}, registers={registers}: '
+                            'expected positive numbers, and registers >= 0')
         if width % heads or (pos == 'sincos' and width % 4):
             raise UserError(f"vit width={width}: expected a multiple of heads={heads}, and of 4 where pos='sincos'")
         if not 0 <= drop_path < 1:

@@ -87,8 +87,8 @@ class MAE:
           noise: (B, N), see `masking.random_keep`.
           key: (B,) keys for drop-path in training.
         Returns:
-          'pred' and 'target' (B, N, P), 'mean' and 'std' of the target (B, N, 1), 'mask' and 'restore' (B, N),
-          'latent' (B, prefix + K, D), 'loss'.
+          'pred' and 'target' (B, N, P), 'mean' and 'std' by which the target was normalised ((B, N, 1); scalars 0
+          and 1 without norm_pix_loss), 'mask' and 'restore' (B, N), 'latent' (B, prefix + K, D), 'loss'.
         """
         image, patch = fill_invalid(batch), net.encoder.patch
         keep, restore, mask = masking.random_keep(noise, self.mask_ratio)
@@ -99,7 +99,9 @@ class MAE:
             valid = patchify(jnp.broadcast_to(batch['valid'], image.shape), patch)
         mean, std = patch_statistics(target, valid) if self.norm_pix_loss else (jnp.float32(0), jnp.float32(1))
         target = (target - mean) / std
-        weights = self.channel_weights and jnp.tile(jnp.asarray(self.channel_weights, jnp.float32), patch ** 2)
+        weights = None
+        if self.channel_weights is not None:
+            weights = jnp.tile(jnp.asarray(self.channel_weights, jnp.float32), patch ** 2)
         return dict(pred=pred, target=target, mean=mean, std=std, mask=mask, restore=restore, latent=latent,
                     loss=losses.patch_mse(pred, target, mask, valid, weights))
 

@@ -10,6 +10,7 @@ over, so that a busy moment of the machine hits each alike. What was read lately
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -21,10 +22,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ssl_jax import config as configs
-from ssl_jax.data.pipeline import BUFFER, Data
+from ssl_jax.data import stream
+from ssl_jax.data.pipeline import Data
 from ssl_jax.errors import UserError
 
 DECODED = 64   # examples held in memory for the decoding measurement
+
+
+Step = Callable[[], tuple[int, int]]   # does a piece of work and returns (examples, bytes)
 
 
 @dataclasses.dataclass
@@ -32,52 +37,49 @@ class Case:
     """Something to measure.
 
     Args:
-      step: does a piece of work and returns (examples, bytes).
+      start: makes it ready; what it enters on the stack is undone after every round, so that nothing that works in the
+        background disturbs the next case.
       buffered: steps that may be ready before the clock starts, and are not counted.
     """
     name: str
-    step: Callable[[], tuple[int, int]]
+    start: Callable[[contextlib.ExitStack], Step]
     buffered: int = 0
-    start_up: float | None = None                             # seconds to the first step
+    start_ups: list[float] = dataclasses.field(default_factory=list)             # seconds to the first step
     rates: list[tuple[float, float]] = dataclasses.field(default_factory=list)   # (examples / s, MB / s) per round
 
     def measure(self, seconds: float) -> None:
-        for _ in range(self.buffered):
-            self.step()
-        examples = size = 0
-        began = time.perf_counter()
-        while (passed := time.perf_counter() - began) < seconds or not examples:
-            n, k = self.step()
-            examples, size = examples + n, size + k
-        self.rates.append((examples / passed, size / passed / 1e6))
+        with contextlib.ExitStack() as stack:
+            began = time.perf_counter()
+            step = self.start(stack)
+            step()
+            self.start_ups.append(time.perf_counter() - began)
+            for _ in range(self.buffered):
+                step()
+            examples = size = 0
+            began = time.perf_counter()
+            while (passed := time.perf_counter() - began) < seconds or not examples:
+                n, k = step()
+                examples, size = examples + n, size + k
+            self.rates.append((examples / passed, size / passed / 1e6))
 
 
-def data_cases(data: Data, batch: int, threads: Sequence[int], workers: Sequence[int],
-               stack: contextlib.ExitStack) -> list[Case]:
-    """Reading, decoding, and the pipeline in all settings. `stack` closes the pipelines."""
+def data_cases(data: Data, batch: int, threads: Sequence[int], workers: Sequence[int]) -> list[Case]:
+    """Reading, decoding, and the pipeline in all settings."""
     source, load = data.source(data.split), data.load(data.split, data.fields)
     order = itertools.cycle(np.random.default_rng(0).permutation(len(source)).tolist())
     held = itertools.cycle([source[i] for i in itertools.islice(order, DECODED)])
 
-    def read():
-        return 1, _size(source[next(order)])
-
-    def decode():
-        return 1, _size(load.decode(next(held)))
-
-    cases = [Case('read', read), Case('decode', decode)]
-    for w, t in itertools.product(workers, threads):
-        setting = dataclasses.replace(data, threads=t, workers=w)
-        began = time.perf_counter()
+    def pipeline(setting, stack):
         iterator = setting.train(seed=0, batch=batch)
         stack.callback(iterator.close)
+        return lambda: (batch, _size(next(iterator)))
 
-        def step(iterator=iterator):
-            return batch, _size(next(iterator))
-
-        step()
-        buffered = w * (data.prefetch + BUFFER + 1) or (data.prefetch if t else 0)
-        cases.append(Case(f'pipeline, {w} workers, {t} threads', step, buffered, time.perf_counter() - began))
+    cases = [Case('read', lambda stack: lambda: (1, _size(source[next(order)]))),
+             Case('decode', lambda stack: lambda: (1, _size(load.decode(next(held)))))]
+    for w, t in itertools.product(workers, threads):
+        setting = dataclasses.replace(data, threads=t, workers=w)
+        buffered = w * (data.prefetch + stream.BUFFER + 1) or (data.prefetch if t else 0)
+        cases.append(Case(f'pipeline, {w} workers, {t} threads', functools.partial(pipeline, setting), buffered))
     return cases
 
 
@@ -95,12 +97,12 @@ def measure(cases: Sequence[Case], *, rounds: int, seconds: float) -> None:
 
 def table(cases: Sequence[Case]) -> str:
     """Median and range over the rounds, one line per case."""
-    rows = [('', 'examples/s', 'range', 'MB/s', 'first batch')]
+    rows = [('', 'examples/s', 'range', 'MB/s', 'start-up')]
     for case in cases:
         rates = sorted(r for r, _ in case.rates)
         rows.append((case.name, f'{statistics.median(rates):.0f}', f'{rates[0]:.0f}-{rates[-1]:.0f}',
                      f'{statistics.median(m for _, m in case.rates):.1f}',
-                     '' if case.start_up is None else f'{case.start_up:.2f} s'))
+                     f'{statistics.median(case.start_ups):.2f} s'))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
                      for row in rows)
@@ -115,9 +117,8 @@ def bench_data(arguments: argparse.Namespace) -> None:
     if 'root' not in spec:
         raise UserError('bench data: --config or --root is missing')
     data, batch = configs.bind(Data, spec, where='data')(), arguments.batch or batch
-    with contextlib.ExitStack() as stack:
-        cases = data_cases(data, batch, arguments.threads, arguments.workers, stack)
-        measure(cases, rounds=arguments.rounds, seconds=arguments.seconds)
+    cases = data_cases(data, batch, arguments.threads, arguments.workers)
+    measure(cases, rounds=arguments.rounds, seconds=arguments.seconds)
     shapes = ', '.join(f'{k} {v.dtype}{list(v.shape[1:])}' for k, v in data.abstract(1).items())
     print(f'{data.root}, split {data.split!r}: {data.records} examples of {shapes}; batch {batch}')
     print(table(cases))

@@ -18,6 +18,10 @@ from ssl_jax.views.warp import Method, Warp, central_box, random_box, warp, warp
 
 Example = Mapping[str, jax.Array]
 
+# The single random numbers of a view: whether an operation applies, and how.
+CHOICES = ('crop', 'hflip', 'vflip', 'quarter_turns', 'turns', 'rotation', 'degrees', 'jitter', 'grey', 'blur', 'sigma',
+           'solarise')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
@@ -96,7 +100,7 @@ class Augment:
         if colour and not self.rgb:
             listed = ', '.join(f'{c.name} ({c.kind}, unit {c.unit!r})' for c in self.channels)
             raise UserError(f'config.view: grey, saturation and hue need three linear channels of one unit: {listed}')
-        if (self.jitter or self.solarise) and not self.phases.linear:
+        if not self.phases.linear and (self.jitter or self.solarise):
             raise UserError('config.view: jitter and solarise leave phases alone, and there are no other channels')
         for c, std in zip(self.channels, self.std):
             if not 0 < std < float('inf'):
@@ -122,20 +126,18 @@ class Augment:
           'image' (h, w, C) float32, normalised; 'valid' (h, w, 1 or C) if it was there or the rotation's border is
           'zero'; 'label_map' (h, w) of nearest pixels, 0 outside the canvas.
         """
-        warp_key, jitter_key, grey_key, blur_key, solarise_key = jax.random.split(key, 5)
-        geometry = self._geometry(example['image'].shape[:2], warp_key)
-        x, valid, out = self._warped(example, geometry, self.rotation)
+        noise = self._noise(key)
+        x, valid, out = self._warped(example, self._geometry(example['image'].shape[:2], noise), self.rotation)
         unit, clamp = self._unit(example['image'].dtype)
         if self.jitter:
-            x = self._on_linear(x, lambda x: self._jittered(x, valid, jitter_key, clamp), unit)
+            x = self._on_linear(x, lambda x: self._jittered(x, valid, noise, clamp), unit)
         if self.grey:
-            fires = jax.random.bernoulli(grey_key, self.grey)
-            x = self._on_linear(x, lambda x: jnp.where(fires, ops.grey(x), x))
+            x = self._on_linear(x, lambda x: jnp.where(noise['grey'] < self.grey, ops.grey(x), x))
         if self.blur:
-            x = self._blurred(x, valid, blur_key)
+            x = self._blurred(x, valid, noise)
         if self.solarise:
-            inverts = jax.random.bernoulli(solarise_key, self.solarise.probability)
-            x = self._on_linear(x, lambda x: jnp.where(inverts, ops.solarise(x, self.solarise.threshold), x), unit)
+            inverted = noise['solarise'] < self.solarise.probability
+            x = self._on_linear(x, lambda x: jnp.where(inverted, ops.solarise(x, self.solarise.threshold), x), unit)
         return out | self._normalised(x, valid)
 
     def central(self, example: Example) -> dict[str, jax.Array]:
@@ -152,25 +154,31 @@ class Augment:
         box = central_box(source, self.size, self.resize)
         return None if box == (0, 0, *source) and source == self.size else Warp(*box)
 
-    def _geometry(self, source: tuple[int, int], key: jax.Array) -> Warp | None:
-        keys = iter(jax.random.split(key, 8))
-        fires = lambda probability: jax.random.bernoulli(next(keys), probability)
+    def _noise(self, key: jax.Array) -> dict[str, jax.Array]:
+        """All random numbers of a view, uniform in [0, 1): every option has its own, whichever others are on.
+
+        One draw, because each costs compile time as much as the rest of the view.
+        """
+        noise = jax.random.uniform(key, (22 + 4 + 4 * len(self.channels) + len(CHOICES),))
+        box, order, factors, choices = jnp.split(noise, np.cumsum([22, 4, 4 * len(self.channels)]))
+        return {'box': box, 'order': order, 'factors': factors.reshape(4, -1)} | dict(zip(CHOICES, choices))
+
+    def _geometry(self, source: tuple[int, int], noise: Mapping[str, jax.Array]) -> Warp | None:
         geometry = self._central(source)
         if not (self.crop or self.hflip or self.vflip or self.quarter_turns or self.rotation):
             return geometry
         box = (0, 0, *source) if geometry is None else geometry[:4]
         if self.crop:
-            drawn = random_box(next(keys), source, self.crop.scale, self.crop.ratio)
-            cropped = fires(self.crop.probability)
-            box = [jnp.where(cropped, d, b) for d, b in zip(drawn, box)]
-        geometry = Warp(*box, flip_rows=fires(self.vflip), flip_columns=fires(self.hflip))
+            drawn = random_box(noise['box'], source, self.crop.scale, self.crop.ratio)
+            box = [jnp.where(noise['crop'] < self.crop.probability, d, b) for d, b in zip(drawn, box)]
+        geometry = Warp(*box, flip_rows=noise['vflip'] < self.vflip, flip_columns=noise['hflip'] < self.hflip)
         if self.quarter_turns:
-            turns = jax.random.randint(next(keys), (), 1, 4)
-            geometry = geometry.turned(jnp.where(fires(self.quarter_turns), turns, 0))
+            turns = 1 + jnp.floor(3 * noise['turns']).astype(jnp.int32)
+            geometry = geometry.turned(jnp.where(noise['quarter_turns'] < self.quarter_turns, turns, 0))
         if self.rotation:
-            limit = self.rotation.degrees
-            degrees = jax.random.uniform(next(keys), minval=-limit, maxval=limit)
-            geometry = geometry._replace(degrees=jnp.where(fires(self.rotation.probability), degrees, 0.0))
+            degrees = self.rotation.degrees * (2 * noise['degrees'] - 1)
+            rotated = noise['rotation'] < self.rotation.probability
+            geometry = geometry._replace(degrees=jnp.where(rotated, degrees, 0.0))
         return geometry
 
     def _warped(self, example: Example, geometry: Warp | None, rotation: Rotation | None, *, beyond: bool = False):
@@ -225,23 +233,21 @@ class Augment:
         count = self.phases.linear
         return jnp.concatenate([function(x[..., :count] / unit) * unit, x[..., count:]], -1)
 
-    def _jittered(self, x: jax.Array, valid: jax.Array | None, key: jax.Array, clamp: bool) -> jax.Array:
-        choice_key, order_key, factor_key = jax.random.split(key, 3)
+    def _jittered(self, x: jax.Array, valid: jax.Array | None, noise: Mapping[str, jax.Array],
+                  clamp: bool) -> jax.Array:
         low, high = np.asarray(self.jitter.ranges, np.float32).T[..., None]
         neutral = np.asarray([1, 1, 1, 0], np.float32)[:len(low), None]
-        factors = jax.random.uniform(factor_key, (len(low), 1 if self.rgb else x.shape[-1]), minval=low, maxval=high)
-        factors = jnp.where(jax.random.bernoulli(choice_key, self.jitter.probability), factors, neutral)
-        order = jax.random.permutation(order_key, len(low))
+        factors = low + (high - low) * noise['factors'][:len(low), :1 if self.rgb else x.shape[-1]]
+        factors = jnp.where(noise['jitter'] < self.jitter.probability, factors, neutral)
         if valid is not None:
             valid = self.phases.spread(valid)[..., :self.phases.linear]
+        order = jnp.argsort(noise['order'][:len(low)])
         return ops.jitter(x, order, factors, rgb=self.rgb, valid=valid, clamp=clamp)
 
-    def _blurred(self, x: jax.Array, valid: jax.Array | None, key: jax.Array) -> jax.Array:
-        choice_key, sigma_key = jax.random.split(key)
+    def _blurred(self, x: jax.Array, valid: jax.Array | None, noise: Mapping[str, jax.Array]) -> jax.Array:
         low, high = self.blur.sigma
-        sigma = jax.random.uniform(sigma_key, minval=low, maxval=high)
-        y, _ = self._averaged(functools.partial(ops.blur, sigma=sigma, kernel=self.blur.kernel), x, valid)
-        return jnp.where(jax.random.bernoulli(choice_key, self.blur.probability), y, x)
+        soften = functools.partial(ops.blur, sigma=low + (high - low) * noise['sigma'], kernel=self.blur.kernel)
+        return jnp.where(noise['blur'] < self.blur.probability, self._averaged(soften, x, valid)[0], x)
 
     def _normalised(self, x: jax.Array, valid: jax.Array | None) -> dict[str, jax.Array]:
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)

@@ -77,11 +77,12 @@ def saturation(image: jax.Array, factor: Scalar, *, clamp: bool = True) -> jax.A
 def hue(image: jax.Array, shift: Scalar) -> jax.Array:
     """Turns the hue of an RGB image in [0, 1] by `shift` turns (through HSV)."""
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-    value = image.max(-1)
-    chroma = value - image.min(-1)
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     safe = jnp.where(chroma == 0, 1, chroma)
-    sector = jnp.where(value == red, (green - blue) / safe,
-                       jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+    # Not `value == red`: the compiler may compute the two differently, and an unequal last bit gave another hue.
+    sector = jnp.where((red >= green) & (red >= blue), (green - blue) / safe,
+                       jnp.where(green >= blue, 2 + (blue - red) / safe, 4 + (red - green) / safe))
     k = jnp.mod(jnp.asarray([5, 3, 1]) + (sector + 6 * shift)[..., None], 6)
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 

@@ -36,17 +36,20 @@ class Warp(NamedTuple):
         return self._replace(flip_rows=flip_rows, flip_columns=flip_columns, transpose=turns % 2 == 1)
 
 
-def random_box(key: jax.Array, source: Size, scale: tuple[float, float],
+def random_box(noise: jax.Array, source: Size, scale: tuple[float, float],
                ratio: tuple[float, float]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Top, left, height and width (int32) of a random crop as in torchvision's RandomResizedCrop.
 
     Ten draws of area (uniform in `scale` of the source's) and width/height (log-uniform in `ratio`); the first that
     fits is placed uniformly. Where none fits, the largest central box of an allowed ratio.
+
+    Args:
+      noise: (22,) uniform in [0, 1): ten areas, ten ratios, the place.
     """
     height, width = source
-    area_key, ratio_key, place_key = jax.random.split(key, 3)
-    area = height * width * jax.random.uniform(area_key, (10,), minval=scale[0], maxval=scale[1])
-    aspect = jnp.exp(jax.random.uniform(ratio_key, (10,), minval=math.log(ratio[0]), maxval=math.log(ratio[1])))
+    areas, aspects, place = jnp.split(noise, [10, 20])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * areas)
+    aspect = jnp.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * aspects)
     widths, heights = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
     first = jnp.argmax(fits)
@@ -59,8 +62,8 @@ def random_box(key: jax.Array, source: Size, scale: tuple[float, float],
     h = jnp.where(fits[first], heights[first], fallback[0]).astype(jnp.int32)
     w = jnp.where(fits[first], widths[first], fallback[1]).astype(jnp.int32)
     room = jnp.stack([height - h, width - w])
-    place = jnp.where(fits[first], jax.random.randint(place_key, (2,), 0, room + 1), room // 2)
-    return place[0], place[1], h, w
+    top, left = jnp.where(fits[first], jnp.floor(place * (room + 1)).astype(jnp.int32), room // 2)
+    return top, left, h, w
 
 
 def central_box(source: Size, size: Size, resize: int | None) -> tuple[float, float, float, float]:

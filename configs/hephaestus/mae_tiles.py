@@ -1,0 +1,40 @@
+"""MAE on PNG tiles of real interferograms (phase, coherence, DEM; 256 pixels, 8 bit), a few hundred images or fewer.
+
+python -m data_prep.image_folder --input=DIR --output=data/tiles --channels=phase.png,coherence.png,dem.png \\
+    --kinds=phase:256,linear,linear
+python -m ssl_jax.main --config=configs/hephaestus/mae_tiles.py
+
+Hardware: 2 CPU cores.
+Time: TIME
+Expected: EXPECTED
+"""
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.batch = 16
+    config.duration = '100ep'
+    config.precision = 'f32'
+    config.accumulate = 1
+    config.init_from = config_dict.placeholder(str)
+    config.log_every = 20
+
+    config.objective = dict(
+        name='mae', mask_ratio=0.6, norm_pix_loss=False,
+        encoder=dict(name='vit', size='Ti', patch=16, depth=6),
+        decoder=dict(width=128, depth=2, heads=4))
+    config.view = dict(
+        name='single', size=128, crop=dict(scale=(0.2, 1.0)), hflip=0.5, vflip=0.5, quarter_turns=0.75,
+        interpolation='bilinear')
+    config.data = dict(root='data/tiles', split='train')
+    config.optim = dict(
+        name='adamw', lr=1.5e-3, lr_reference_batch=256, betas=(0.9, 0.95), weight_decay=0.05, schedule='cosine',
+        warmup='10ep')
+
+    config.evals = dict(
+        reconstruct=dict(name='reconstruct', every='50%', split='val', count=4))
+    config.checkpoint = dict(every='10%', keep=1)
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    return config

@@ -1,0 +1,127 @@
+"""Places in the sample order to batches, by grain: order, blocks of processes, threads, worker processes."""
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from multiprocessing import connection, parent_process
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+SMALL = 2 ** 16   # examples: grain's own shuffle takes up to milliseconds for each of a small data set
+BUFFER = 2        # batches on their way from a worker
+
+Batch = dict[str, np.ndarray]
+
+
+def sample_order(count: int, *, seed: int | None = None, endless: bool = False) -> grain.MapDataset:
+    """Position -> place in the epoch, in order or, with a `seed`, in a new permutation every epoch."""
+    order = grain.MapDataset.range(count)
+    if seed is not None:
+        order = order.seed(seed).shuffle() if count > SMALL else Shuffle(order, seed)
+    return order.repeat(None) if endless else order
+
+
+class Shuffle(grain.MapDataset):
+    """A permutation of `parent`, a new one in every epoch, that is kept as an array while it is in use."""
+
+    def __init__(self, parent: grain.MapDataset, seed: int):
+        super().__init__(parent)
+        self.order_seed = seed
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, row = divmod(index, len(self))
+        return self._parent[epoch * len(self) + int(_permutation(self.order_seed, epoch, len(self))[row])]
+
+
+@functools.lru_cache(4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class BlockShard(grain.MapDataset):
+    """The i-th of n contiguous blocks of every global batch of `parent`, as (position, element).
+
+    Splitting into blocks, and not every n-th element, keeps the rows of a global batch in order when the processes'
+    parts are put together.
+    """
+
+    def __init__(self, parent: grain.MapDataset, batch: int, i: int, n: int):
+        super().__init__(parent)
+        self.batch_size, self.block = batch, batch // n
+        self.offset = i * self.block
+
+    def __len__(self) -> int:
+        return len(self._parent) // self.batch_size * self.block
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(index, self.block)
+        position = step * self.batch_size + self.offset + row
+        return position, self._parent[position]
+
+
+def batches(order: grain.MapDataset, load: Callable[[tuple[int, Any]], Batch], *, batch: int, start: int, block: int,
+            blocks: int, threads: int, workers: int, prefetch: int) -> grain.IterDataset:
+    """The part of process `block` of `blocks` in every batch, from step `start` on: stacked load((position, place)).
+
+    Threads, workers and prefetch do not change it, and all parts put together are the same for any number of blocks.
+    """
+    dataset = BlockShard(order, batch, block, blocks).map(load).batch(batch // blocks, drop_remainder=True)[start:]
+    # grain's default of 500 buffered elements are batches here, and fill any memory.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    dataset = dataset.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():   # grain reads flags of its own when it starts workers
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=BUFFER)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+    return dataset
+
+
+def iterate(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
+    """Iterates, and ends threads and workers with the generator: by close(), at its end or with its last reference."""
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+class Batches:
+    """The batches of an evaluation: sized, and fresh on every iteration."""
+
+    def __init__(self, dataset: grain.IterDataset, length: int):
+        self.dataset, self.length = dataset, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        return iterate(self.dataset)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in every worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches every process; the parent ends its workers
+    # grain imports jax where it is installed; should anything touch it here, it must not take an accelerator.
+    if 'jax' in sys.modules:
+        sys.modules['jax'].config.update('jax_platforms', 'cpu')
+    # A worker whose parent was killed would go on filling its buffer. (Linux's PR_SET_PDEATHSIG follows the thread that
+    # started the worker, which grain ends on close, while the worker may hold a lock of the queue.)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
