@@ -50,8 +50,9 @@ def describe(input: str | os.PathLike, *, timeseries: int = 1, ordering: str = '
       input: folder of `<frame>.zarr`.
       timeseries: interferograms per example, T.
       ordering: the date that the interferograms of a series share, 'primary' or 'secondary'; date splits go by it.
-      splits: 'benchmark' and 'pretrain' are the published date ranges, 'train:20140101-20181231,...' are others, and
-        'frame' holds out whole volcanoes: those of `val_frames` and `test_frames`, else drawn from `seed`.
+      splits: 'benchmark' and 'pretrain' are the published date ranges (train of the latter is train and val of the
+        former), 'train:20140101-20181231,test:...' are others, and 'frame' holds out whole volcanoes: those of
+        `val_frames` and `test_frames`, else drawn from `seed`.
       frames: take these alone; () = every store.
       channels: some of CHANNELS, in any order.
       mask_target: 'last', 'peak' (most deforming pixels) or 'union' of a series: `label_map`, and what a crop must
@@ -64,7 +65,8 @@ def describe(input: str | os.PathLike, *, timeseries: int = 1, ordering: str = '
     Raises:
       UserError: an argument, a store or a side file is bad.
     """
-    _check(timeseries, mask_target, crop, tile_stride, dtype, channels)
+    _check_numbers(timeseries=(timeseries, 1), crop=(crop, 1), tile_stride=(tile_stride, 0), seed=(seed, 0))
+    _check_names(mask_target, dtype, channels)
     root = pathlib.Path(input)
     cubes = {cube.frame: cube for cube in _open_all(root, frames, channels)}
     given = dict(quality_timeseries=quality_timeseries, annotations=annotations, frame_names=frame_names)
@@ -114,10 +116,13 @@ def describe(input: str | os.PathLike, *, timeseries: int = 1, ordering: str = '
                    functools.partial(load, reading), {'converter': 'hephaestus_minicubes', 'arguments': arguments})
 
 
-def _check(timeseries: int, mask_target: str, crop: int, tile_stride: int, dtype: str, channels: Sequence[str]) -> None:
-    for name, value, least in (('timeseries', timeseries, 1), ('crop', crop, 1), ('tile_stride', tile_stride, 0)):
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    for name, (value, least) in numbers.items():
         if value < least:
             raise UserError(f'{name}={value}: expected at least {least}')
+
+
+def _check_names(mask_target: str, dtype: str, channels: Sequence[str]) -> None:
     known = {'mask_target': ([mask_target], samples.MASK_TARGETS), 'dtype': ([dtype], ('float32', 'float16')),
              'channel': (channels, CHANNELS)}
     for name, (values, allowed) in known.items():

@@ -5,6 +5,9 @@ import tempfile
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
 
+# Compiling costs more than running does here.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+
 # Programs compiled once are shared by all tests, their subprocesses and pytest's own workers.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix='ssl_jax_tests_')

@@ -211,6 +211,7 @@ def test_killed_at_every_file_operation_the_rerun_ends_in_the_same_bytes(tmp_pat
     """Every fsync, rename and removal of a run gets its turn to be the last thing that happened."""
     command = script(tmp_path, '''
         import hashlib, shutil
+        import array_record.python.array_record_module, tqdm    # once, not in every fork
 
         def child(out, kill_at):
             """The exit status of a conversion, in a fork, that kills itself before its `kill_at`th file operation."""

@@ -286,8 +286,12 @@ def test_bad_requests(root, tmp_path):
         Data(root).eval('vla', batch=2)
     with pytest.raises(UserError, match="'trian'.*did you mean 'train'"):
         Data(root, split='trian').records  # noqa: B018
-    with pytest.raises(UserError, match='batch 9 is not divisible by 2'):
-        Data(root).train(seed=0, batch=9, process_count=2)
+    odd = dict(batch=9, process_count=2)
+    for read in (lambda: Data(root).train(seed=0, **odd), lambda: Data(root).eval('val', **odd)):
+        with pytest.raises(UserError, match='batch 9: expected a multiple of 2 processes'):
+            read()
+    with pytest.raises(UserError, match='limit=0'):
+        Data(root).eval('val', batch=1, limit=0)
     with pytest.raises(UserError, match='seed -1'):
         Data(root).train(seed=-1, batch=8)
 

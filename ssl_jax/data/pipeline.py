@@ -126,7 +126,7 @@ class Data:
 
     def abstract(self, batch: int) -> dict[str, np.ndarray]:
         """Shapes and dtypes of a global training batch, as arrays that take no memory."""
-        spec = self._spec(self.split, self.fields) | {'index': ((), np.int32), 'position': ((), np.uint32)}
+        spec = self._spec(self.fields) | {'index': ((), np.int32), 'position': ((), np.uint32)}
         return {k: np.broadcast_to(np.zeros((), dtype), (batch, *shape)) for k, (shape, dtype) in spec.items()}
 
     def train(self, *, seed: int, batch: int, start: int = 0, process_index: int = 0,
@@ -139,6 +139,7 @@ class Data:
         Raises:
           UserError: the data set is not there or does not fit; while iterating, a damaged record, naming it.
         """
+        _check_batch(batch, process_count)
         if not 0 <= seed < 2 ** 32:
             raise UserError(f'seed {seed}: expected a number in [0, 2**32)')
         load = self.load(self.split, self.fields, self.limit)
@@ -160,6 +161,7 @@ class Data:
         Raises:
           UserError: as `train`.
         """
+        _check_batch(batch, process_count)
         load = self.load(split, self.fields if fields is None else fields, limit, weighted=True)
         steps = -(-load.count // batch)
         order = stream.sample_order(steps * batch)
@@ -180,7 +182,7 @@ class Data:
     def load(self, split: str, fields: Sequence[str] | None = None, limit: int | None = None,
              weighted: bool = False) -> 'Load':
         """The map from places in the sample order to host examples; see `train` and `eval`."""
-        return Load(source=self.source(split), name=f'{self.root}, split {split!r}', spec=self._spec(split, fields),
+        return Load(source=self.source(split), name=f'{self.root}, split {split!r}', spec=self._spec(fields),
                     canvas=self.image_size, fit=self.fit, manifest=self.manifest, weighted=weighted,
                     total=self._count(split, None), count=self._count(split, limit))
 
@@ -197,9 +199,11 @@ class Data:
         count = self.manifest.split(split).records
         if not count:
             raise UserError(f'split {split!r} of {self.root} is empty')
-        return min(count, limit or count)
+        if limit is not None and limit < 1:
+            raise UserError(f'limit={limit} of {self.root}: expected at least 1 example')
+        return count if limit is None else min(count, limit)
 
-    def _spec(self, split: str, fields: Sequence[str] | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def _spec(self, fields: Sequence[str] | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of the wanted fields of one example."""
         known, size = self.manifest.fields, self.image_size
         if fields is None:
@@ -232,8 +236,6 @@ class Data:
         return decode.needs_padding(size, self.image_size, self.fit)
 
     def _batches(self, order, load: 'Load', batch: int, start: int, process_index: int, process_count: int):
-        if batch < 1 or batch % process_count:
-            raise UserError(f'batch {batch} is not divisible by {process_count} processes')
         return stream.batches(order, load, batch=batch, start=start, block=process_index, blocks=process_count,
                               threads=self.threads, workers=self.workers, prefetch=self.prefetch)
 
@@ -261,6 +263,11 @@ class PlannedData(Data):
         split = Split(records=planned.records, class_counts=(), groups=0, shards=())
         return Manifest(name=self.root, fields=fields, channels=channels, source={}, splits={self.split: split},
                         classes=tuple(f'class {i}' for i in range(planned.classes)))
+
+
+def _check_batch(batch: int, process_count: int) -> None:
+    if batch < 1 or batch % process_count:
+        raise UserError(f'batch {batch}: expected a multiple of {process_count} processes')
 
 
 class Examples:

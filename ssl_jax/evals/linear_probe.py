@@ -132,18 +132,18 @@ def fit(x: Arrays, y: np.ndarray, *, classes: int, lr: tuple[float, ...], weight
       x: readout -> (N, D + 1) as from `standardise`.
       y: (N,) classes.
     Returns:
-      readout -> (D + 1, weight decays, learning rates, classes); the bias, which does not decay, is last in axis 0.
+      readout -> (weight decays, learning rates, classes, D + 1); the bias, which does not decay, comes last.
     """
     n, parts = len(y), layout.batch_parts
     size = -(-min(n, batch_size) // parts) * parts
-    heads = {k: np.zeros((v.shape[1], len(weight_decay), len(lr), classes), np.float32) for k, v in x.items()}
+    heads = {k: np.zeros((len(weight_decay), len(lr), classes, v.shape[1]), np.float32) for k, v in x.items()}
     fixed = layout.put_replicated({
         'metric': {k: np.stack([_inverse_curvature(v, d, min(size, n)) for d in weight_decay]) for k, v in x.items()},
         'decay': np.array(weight_decay, np.float32), 'lr': np.array(lr, np.float32), 'steps': np.float32(steps)})
     state = layout.put_replicated((heads, heads, np.float32(0)))
     for batch in _batches(x, y, size, steps, seed, layout):
         # Many programs in flight starve each other of threads where CPU devices meet in a collective.
-        state = jax.block_until_ready(_step(state, batch, fixed))
+        state = jax.block_until_ready(_advance(state, batch, fixed, steps=1 if n > size else steps))
     return jax.device_get(state[0])
 
 
@@ -160,7 +160,7 @@ def choose(heads: Arrays, x: Arrays, y: np.ndarray, positive: int | None) -> Cho
     from sklearn.metrics import average_precision_score
     ranking = []
     for readout, head in heads.items():
-        for i, j in np.ndindex(head.shape[1:3]):
+        for i, j in np.ndindex(head.shape[:2]):
             p = scores.softmax(logits(heads, x, Choice(readout, i, j, np.nan)))
             if positive is None:
                 quality = np.mean(p.argmax(1) == y)
@@ -173,7 +173,7 @@ def choose(heads: Arrays, x: Arrays, y: np.ndarray, positive: int | None) -> Cho
 
 def logits(heads: Arrays, x: Arrays, choice: Choice) -> np.ndarray:
     """(N, classes) of one classifier of the grid."""
-    return x[choice.readout] @ heads[choice.readout][:, choice.weight_decay, choice.lr]
+    return x[choice.readout] @ heads[choice.readout][choice.weight_decay, choice.lr].T
 
 
 def hold_out(labels: np.ndarray, groups: np.ndarray | None, *, seed: int) -> np.ndarray:
@@ -203,7 +203,7 @@ def _inverse_curvature(x: np.ndarray, weight_decay: float, size: int) -> np.ndar
 
 
 def _batches(x: Arrays, y: np.ndarray, size: int, steps: int, seed: int, layout: Layout) -> Iterator[dict]:
-    """Shuffled batches on the devices; where one holds everything, always that one."""
+    """Shuffled batches on the devices, one per step; only one, of everything, where it fits."""
     n, rng = len(y), np.random.default_rng(seed)
     block, blocks = layout.block()
     mine = slice(block * size // blocks, (block + 1) * size // blocks)
@@ -215,7 +215,7 @@ def _batches(x: Arrays, y: np.ndarray, size: int, steps: int, seed: int, layout:
         return {'y': batch['y'], 'weight': batch['weight'], 'x': {k: batch[f'x/{k}'] for k in x}}
 
     if n <= size:
-        yield from [put(np.arange(n))] * steps
+        yield put(np.arange(n))
         return
     order = np.zeros(0, int)
     for _ in range(steps):
@@ -225,23 +225,27 @@ def _batches(x: Arrays, y: np.ndarray, size: int, steps: int, seed: int, layout:
         order = order[size:]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _step(state: tuple, batch: Mapping, fixed: Mapping) -> tuple:
-    heads, velocity, i = state
+@functools.partial(jax.jit, static_argnames=('steps',), donate_argnums=0)
+def _advance(state: tuple, batch: Mapping, fixed: Mapping, *, steps: int) -> tuple:
+    """So many steps on one batch. Examples are the last axis of all that is large: it is the one to vectorise over."""
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    share = (batch['weight'] / batch['weight'].sum())[:, None, None, None]
+    share = batch['weight'] / batch['weight'].sum()
 
     def direction(x, head, metric):
-        p = jax.nn.softmax(product('nd,dwlk->nwlk', x, head))
-        error = (p - jax.nn.one_hot(batch['y'], p.shape[-1])[:, None, None]) * share
-        decay = (head * fixed['decay'][:, None, None]).at[-1].set(0)
-        return product('wde,ewlk->dwlk', metric, product('nd,nwlk->dwlk', x, error) + decay)
+        p = jax.nn.softmax(product('wlkd,nd->wlkn', head, x), axis=2)
+        error = (p - jax.nn.one_hot(batch['y'], p.shape[2], axis=0)) * share
+        decay = (head * fixed['decay'][:, None, None, None]).at[..., -1].set(0)
+        return product('wde,wlke->wlkd', metric, product('wlkn,nd->wlkd', error, x) + decay)
 
-    directions = jax.tree.map(direction, batch['x'], heads, fixed['metric'])
-    velocity = jax.tree.map(lambda v, d: MOMENTUM * v + d, velocity, directions)
-    rate = (fixed['lr'] * 0.5 * (1 + jnp.cos(jnp.pi * i / fixed['steps'])))[:, None]
-    heads = jax.tree.map(lambda h, v, d: h - rate * (d + MOMENTUM * v), heads, velocity, directions)
-    return heads, velocity, i + 1
+    def step(_, state):
+        heads, velocity, i = state
+        directions = jax.tree.map(direction, batch['x'], heads, fixed['metric'])
+        velocity = jax.tree.map(lambda v, d: MOMENTUM * v + d, velocity, directions)
+        rate = (fixed['lr'] * 0.5 * (1 + jnp.cos(jnp.pi * i / fixed['steps'])))[:, None, None]
+        heads = jax.tree.map(lambda h, v, d: h - rate * (d + MOMENTUM * v), heads, velocity, directions)
+        return heads, velocity, i + 1
+
+    return jax.lax.fori_loop(0, steps, step, state)
 
 
 build = LinearProbe
