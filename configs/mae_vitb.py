@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         decoder=dict(width=512, depth=8, heads=16))
     config.view = dict(name='single', size=224, crop=dict(scale=(0.2, 1.0)), hflip=0.5, interpolation='bicubic')
     config.data = dict(
-        root='data/imagenet2012', split='train', canvas=256, prefetch=2,
+        root='data/imagenet2012', split='train', canvas=256, fit='cover', prefetch=2,
         planned=dict(records=1281167, image_size=(256, 256), channels=('red', 'green', 'blue'), classes=1000))
     config.optim = dict(
         name='adamw', lr=1.5e-4, lr_reference_batch=256, betas=(0.9, 0.95), weight_decay=0.05, schedule='cosine',

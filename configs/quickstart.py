@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch = 64
-    config.duration = '40ep'
+    config.duration = '200ep'
     config.precision = 'f32'
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)

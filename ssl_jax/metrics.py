@@ -24,10 +24,14 @@ class Writer:
     def __init__(self, workdir: str, *, start: int, active: bool = True, config: Mapping[str, Any] | None = None,
                  wandb: Mapping[str, Any] | None = None):
         self._folder, self._active = pathlib.Path(workdir), active
+        path = self._folder / 'metrics.jsonl'
+        # Every process reads it: they must agree on which evaluations are still to be done.
+        lines = _lines(path) if path.exists() else []
+        self._done = [line for line in lines if line['step'] <= start]
         if not active:
             return
-        path = self._folder / 'metrics.jsonl'
-        self._done = _drop_after(path, start) if path.exists() else {}
+        if lines:
+            write_atomic(path, ''.join(json.dumps(line) + '\n' for line in self._done))
         self._jsonl = path.open('a', buffering=1)
         from tensorboardX import SummaryWriter
         self._tensorboard = SummaryWriter(str(self._folder / 'tensorboard'), purge_step=start + 1 if start else None)
@@ -35,8 +39,7 @@ class Writer:
 
     def evaluated(self, step: int, tag: str) -> dict[str, float]:
         """What the evaluator `tag` wrote at `step` before the run was interrupted; empty if it had not finished."""
-        values = self._done.get(step, {}) if self._active else {}
-        return {k: v for k, v in values.items() if k.startswith(tag + '/')}
+        return {k: v for line in self._done if line['step'] == step for k, v in line.items() if k.startswith(f'{tag}/')}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One JSON line: 'step' and name -> number. Non-finite numbers become null, which JSON has."""
@@ -86,19 +89,15 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _drop_after(path: pathlib.Path, step: int) -> dict[int, dict[str, float]]:
-    """Keeps the whole lines of steps up to `step`, in one atomic move, and returns their values by step."""
-    kept, values = [], {}
+def _lines(path: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a log; the last one of a killed run may be cut short, and is left out."""
+    lines = []
     for line in path.read_text().splitlines():
         try:
-            entry = json.loads(line)
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
-            continue  # the last line of a killed run may be cut short
-        if entry['step'] <= step:
-            kept.append(line + '\n')
-            values.setdefault(entry['step'], {}).update(entry)
-    write_atomic(path, ''.join(kept))
-    return values
+            continue
+    return lines
 
 
 def _start_wandb(arguments: Mapping[str, Any], workdir: str, config: Mapping[str, Any] | None):
@@ -178,16 +177,20 @@ def duration(seconds: float) -> str:
 
 
 def table(results: Mapping[str, float]) -> str:
-    """Evaluation results '<tag>/<metric>' as text, each beside its baseline '<tag>/random/<metric>'."""
-    rows = []
-    for name, value in results.items():
-        tag, _, metric = name.partition('/')
-        if metric.startswith('random/'):
-            continue
-        baseline = results.get(f'{tag}/random/{metric}')
-        rows.append((name, f'{value:.4g}', '' if baseline is None else f'{baseline:.4g}'))
-    head = ('metric', 'trained', 'random weights')
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
-    rule = tuple('-' * w for w in widths)
-    return '\n'.join('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-                     for row in [head, rule, *rows])
+    """Evaluation results '<tag>/<metric>' as text, each beside its baseline '<tag>/random/<metric>'.
+
+    The ends of an interval, '<name>_low' and '<name>_high', stand in the line of their metric.
+    """
+    def cell(name: str) -> str:
+        if name not in results:
+            return ''
+        low, high = results.get(f'{name}_low'), results.get(f'{name}_high')
+        return f'{results[name]:.4g}' + ('' if low is None or high is None else f' [{low:.3f}, {high:.3f}]')
+
+    ends = {f'{name}_{end}' for name in results for end in ('low', 'high')}
+    names = [n for n in results if not n.partition('/')[2].startswith('random/') and n not in ends]
+    rows = [('metric', 'trained', 'random weights')]
+    rows += [(n, cell(n), cell('/random/'.join(n.partition('/')[::2]))) for n in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    rows.insert(1, tuple('-' * w for w in widths))
+    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)

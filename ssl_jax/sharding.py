@@ -87,12 +87,14 @@ class Layout:
         return start // (stop - start), self.batch_parts // (stop - start)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows as global arrays split over data x fsdp."""
-        return {k: jax.make_array_from_process_local_data(self.batch, v) for k, v in batch.items()}
+        """This process's rows as global arrays split over data x fsdp. Allowed under any transfer guard."""
+        with jax.transfer_guard('allow'):
+            return {k: jax.make_array_from_process_local_data(self.batch, v) for k, v in batch.items()}
 
     def put_replicated(self, tree: Tree) -> Tree:
-        """Host arrays, equal on all processes, as global arrays that every device holds whole."""
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.replicated, np.asarray(x)), tree)
+        """Host arrays, equal on all processes, as global arrays that every device holds whole; see `put`."""
+        with jax.transfer_guard('allow'):
+            return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.replicated, np.asarray(x)), tree)
 
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """The partition of one parameter (or a moment of it: only the end of the path counts)."""

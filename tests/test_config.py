@@ -4,6 +4,7 @@ from typing import Literal
 
 import ml_collections
 import pytest
+
 from ssl_jax import config
 from ssl_jax.errors import UserError
 
@@ -60,7 +61,8 @@ def test_resolve_names_the_nearest_plugin():
         config.resolve('models', dict(name='layers'), where='encoder')
 
 
-@pytest.mark.parametrize('duration, expected', [(5000, 5000), ('5000', 5000), ('40ep', 400), ('0.5ep', 5), ('10%', 100)])
+@pytest.mark.parametrize('duration, expected',
+                         [(5000, 5000), ('5000', 5000), ('40ep', 400), ('0.5ep', 5), ('10%', 100)])
 def test_steps(duration, expected):
     assert config.steps(duration, where='x', steps_per_epoch=10, total_steps=1000) == expected
 

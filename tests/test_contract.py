@@ -8,6 +8,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import NamedSharding
+
 from ssl_jax import config
 from ssl_jax.sharding import Layout, path_name
 from ssl_jax.step import TrainState, make_train_step
@@ -105,7 +106,7 @@ def test_sharded_equals_replicated(name, mesh):
         step = jax.jit(make_train_step(objective, AsIs(), tx), out_shardings=(shardings, None))
         state, metrics = step(state, layout.put(make_batch()), key)
     if 'fsdp' in mesh or 'tensor' in mesh:
-        assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+        assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves((state.params, state.aux)))
     assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(state.params))
     np.testing.assert_allclose(metrics['loss'], alone_metrics['loss'], rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), state.params, alone.params)

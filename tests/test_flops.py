@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from ssl_jax import flops
 from ssl_jax.objectives.mae import MAE
 

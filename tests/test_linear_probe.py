@@ -31,6 +31,15 @@ def digits():
             linear_probe.standardise({'pixels': x['pixels'][800:]}, scale), y[800:])
 
 
+def test_constant_features_are_left_out():
+    """Also where rounding makes them look as if they varied."""
+    rng = np.random.default_rng(0)
+    x = {'f': np.stack([rng.normal(size=50), np.zeros(50), 0.3 + 3e-8 * rng.integers(2, size=50)], 1).astype('f4')}
+    found = linear_probe.standardise(x, linear_probe.statistics(x))['f']
+    np.testing.assert_allclose(found.std(0), [1, 0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(found.mean(0), [0, 0, 0, 1], atol=1e-6)
+
+
 def objective(x, y, weights, weight_decay):
     z = x.astype(np.float64) @ weights
     log_p = z - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)) - z.max(1, keepdims=True)
@@ -42,7 +51,7 @@ def test_reaches_the_optimum_of_scikit_learn(digits):
     heads = fit(x, y, classes=10, layout=Layout(), steps=500)['pixels']
     for i, weight_decay in enumerate(GRID['weight_decay']):
         model = LogisticRegression(C=1 / (weight_decay * len(y)), max_iter=2000).fit(x['pixels'][:, :-1], y)
-        ours, best = heads[:, i, 1], np.vstack([model.coef_.T, model.intercept_])
+        ours, best = heads[i, 1].T, np.vstack([model.coef_.T, model.intercept_])
         np.testing.assert_allclose(objective(x['pixels'], y, ours, weight_decay),
                                    objective(x['pixels'], y, best, weight_decay), rtol=1e-3)
         same = (test_x['pixels'] @ ours).argmax(1) == model.predict(test_x['pixels'][:, :-1])
@@ -53,8 +62,8 @@ def test_reaches_the_optimum_of_scikit_learn(digits):
 
 def test_batches_come_close_to_the_optimum(digits):
     x, y, _, _ = digits
-    full = fit(x, y, classes=10, layout=Layout())['pixels'][:, 1, 1]
-    batches = fit(x, y, classes=10, layout=Layout(), batch_size=256)['pixels'][:, 1, 1]
+    full = fit(x, y, classes=10, layout=Layout())['pixels'][1, 1].T
+    batches = fit(x, y, classes=10, layout=Layout(), batch_size=256)['pixels'][1, 1].T
     loss = [objective(x['pixels'], y, w, GRID['weight_decay'][1]) for w in (full, batches)]
     assert loss[0] < loss[1] < 1.02 * loss[0]
 
@@ -67,8 +76,8 @@ def test_the_grid_is_as_if_trained_one_by_one(digits):
         for i, weight_decay in enumerate(GRID['weight_decay']):
             for j, lr in enumerate(GRID['lr']):
                 one = fit({readout: x[readout]}, y, classes=10, layout=Layout(), steps=30, lr=(lr,),
-                          weight_decay=(weight_decay,))[readout][:, 0, 0]
-                np.testing.assert_allclose(test_x[readout] @ heads[readout][:, i, j], test_x[readout] @ one, atol=2e-3)
+                          weight_decay=(weight_decay,))[readout][0, 0]
+                np.testing.assert_allclose(test_x[readout] @ heads[readout][i, j].T, test_x[readout] @ one.T, atol=2e-3)
 
 
 @pytest.mark.parametrize('batch_size', [8192, 100])
@@ -77,14 +86,14 @@ def test_same_on_one_and_two_devices(digits, batch_size):
     x, y = {'pixels': digits[0]['pixels'][:799]}, digits[1][:799]
     run = functools.partial(fit, x, y, classes=10, steps=20, batch_size=batch_size)
     one, two = (run(layout=layout)['pixels'] for layout in (evaluation.one_device(), Layout()))
-    np.testing.assert_allclose(x['pixels'] @ two[:, 1, 1], x['pixels'] @ one[:, 1, 1], atol=2e-3)
+    np.testing.assert_allclose(x['pixels'] @ two[1, 1].T, x['pixels'] @ one[1, 1].T, atol=2e-3)
 
 
 def test_choice_is_by_validation_quality():
     x = {'a': np.array([[1.0, 0], [2, 0], [-1, 0], [-2, 0]]), 'b': np.array([[1.0, 0], [-1, 0], [-1, 0], [-2, 0]])}
     y = np.array([1, 1, 0, 0])
-    # (D + 1, 1 weight decay, 2 rates, 2 classes): the second rate's classifier is as good, and more certain.
-    head = np.array([[[[-1.0, 1.0], [-5.0, 5.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
+    # (1 weight decay, 2 rates, 2 classes, D + 1): the second rate's classifier is as good, and more certain.
+    head = np.array([[[[-1.0, 0.0], [1.0, 0.0]], [[-5.0, 0.0], [5.0, 0.0]]]])
     best = linear_probe.choose({'a': head, 'b': 2 * head}, x, y, positive=None)
     assert best == ('a', 0, 1, 1.0)
     assert linear_probe.choose({'b': head}, x, y, positive=1).quality < 1

@@ -1,3 +1,5 @@
+import zlib
+
 import evaluation
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from data_prep.convert import ChannelSpec, Dataset, Item, convert
 from ssl_jax.data.pipeline import Data
 from ssl_jax.data.source import Channel
 from ssl_jax.errors import UserError
@@ -66,6 +69,23 @@ def test_same_on_one_and_two_devices(data):
         Constant(), evaluation.view(data), state(layout)) for layout in (evaluation.one_device(), Layout()))
     np.testing.assert_allclose(one.pop('mse'), two.pop('mse'), rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def noise(item):
+    return {'image': np.random.default_rng(zlib.crc32(item.key.encode())).normal(size=(32, 32, 1)).astype('f4')}
+
+
+def test_unlabelled_data(tmp_path):
+    """Only every fifth example is looked at, and pictures are of those."""
+    items = {split: [Item(f'{split}{i}') for i in range(20)] for split in ('train', 'val')}
+    convert(Dataset('bare', [ChannelSpec('c')], (), items, noise, {'converter': 'bare'}, always_valid=True),
+            tmp_path / 'bare', quiet=True)
+    data = Data(root=str(tmp_path / 'bare'), threads=1)
+    evaluator = evaluation.build('reconstruct', data, count=2, limit=4, baseline=False)
+    values = evaluator.run(Constant(), evaluation.view(data), state(Layout(), value=0.0))
+    assert set(values) == {'mse', 'recon/000', 'recon/001'}
+    index, classes = evaluator.chosen
+    assert list(index) == [0, 15] and list(classes) == [-1, -1]
 
 
 def test_examples_cover_the_classes():

@@ -114,6 +114,13 @@ def test_undefined_scores_are_left_out():
     assert np.isfinite(list(values.values())).all()
 
 
+def test_many_classes_have_no_interval_of_the_ranking_scores():
+    labels, p = example(n=2 * (scores.INTERVAL_CLASSES + 1), k=scores.INTERVAL_CLASSES + 1)
+    labels = np.arange(len(labels)) % p.shape[1]
+    values = scores.with_intervals(labels, p, resamples=5)
+    assert {'auroc', 'auprc', 'accuracy_low', 'f1_high'} <= set(values) and 'auroc_low' not in values
+
+
 def test_confident_scores_do_not_tie():
     p = scores.softmax(np.array([[0, 20.0], [0, 25.0]], np.float32))
     assert p[0, 1] < p[1, 1]

@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+
 from ssl_jax.errors import UserError
 from ssl_jax.sharding import Layout
 

@@ -1,9 +1,12 @@
 """The single view: geometry, validity, phases and units together, inside one jitted function."""
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from ssl_jax import config
 from ssl_jax.data.source import Channel
@@ -101,6 +104,28 @@ def test_a_view_does_not_depend_on_the_batch_size():
     whole, half = train(v, batch), train(v, {k: x[4:] for k, x in batch.items()})
     np.testing.assert_array_equal(whole['label_map'][4:], half['label_map'])
     np.testing.assert_allclose(whole['image'][4:], half['image'], atol=1e-4)
+
+
+def test_a_view_stays_on_its_device():
+    """Every example is worked on where it lies: no collective, though rotation gathers."""
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    v = view(INSAR, interpolation='bilinear', crop=dict(), rotation=dict())
+    compiled = jax.jit(v.train).lower(jax.device_put(insar_batch(), split), jax.random.key(0)).compile()
+    assert not re.search(r'all-(gather|reduce|to-all)|collective-permute|reduce-scatter', compiled.as_text())
+    assert set(jax.tree.map(lambda s: s.spec, compiled.output_shardings).values()) == {split.spec}
+
+
+def test_products_are_exact_on_accelerators():
+    """Their default precision would round phases and elevations to 8 bits of mantissa."""
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == 'dot_general':
+                yield equation.params['precision']
+            for sub in jaxprs_in_params(equation.params):
+                yield from products(sub)
+    found = list(products(jax.make_jaxpr(view(INSAR, **EVERYTHING).train)(insar_batch(), jax.random.key(0)).jaxpr))
+    assert len(found) >= 4 and set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def test_options_have_their_own_random_numbers():

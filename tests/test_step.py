@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from ssl_jax.step import TrainState, example_keys, make_train_step
 
 

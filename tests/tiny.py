@@ -2,6 +2,7 @@
 import zlib
 
 import numpy as np
+
 from data_prep.convert import ChannelSpec, Dataset, Item, convert
 from ssl_jax.data.source import Manifest
 

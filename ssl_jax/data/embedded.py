@@ -88,7 +88,7 @@ def _command(module: str, *arguments: str) -> None:
         raise UserError(f'python -m {module} {" ".join(arguments)} failed with exit code {done.returncode}')
 
 
-SIMULATION = ('--frames=12', '--primaries=12', '--height=256', '--width=256', f'--workers={os.cpu_count()}')
-CONVERSION = ('--crop=128', '--tile_stride=128', '--dtype=float16')
+SIMULATION = ('--frames=24', '--primaries=14', '--height=96', '--width=96', f'--workers={os.cpu_count()}')
+CONVERSION = ('--crop=64',)
 # A new version for every change of what is made, so that nobody goes on with the former one.
 _MAKERS = {'minicubes': (1, _minicubes), 'digits': (1, _digits)}

@@ -108,10 +108,10 @@ class LinearProbe(Evaluator):
 
 
 def statistics(x: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean and deviation of every feature; 1 for the deviation of a constant one."""
+    """Mean and deviation of every feature; 1 for the deviation of one that is constant up to rounding."""
     mean = {k: v.mean(0, dtype=np.float64).astype(np.float32) for k, v in x.items()}
     std = {k: v.std(0, dtype=np.float64).astype(np.float32) for k, v in x.items()}
-    return {k: (mean[k], np.where(std[k] > 0, std[k], 1)) for k in x}
+    return {k: (mean[k], np.where(std[k] > 1e-6 * np.abs(mean[k]), std[k], 1)) for k in x}
 
 
 def standardise(x: Arrays, scale: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -140,7 +140,8 @@ def fit(x: Arrays, y: np.ndarray, *, classes: int, lr: tuple[float, ...], weight
     fixed = layout.put_replicated({
         'metric': {k: np.stack([_inverse_curvature(v, d, min(size, n)) for d in weight_decay]) for k, v in x.items()},
         'decay': np.array(weight_decay, np.float32), 'lr': np.array(lr, np.float32), 'steps': np.float32(steps)})
-    state = layout.put_replicated((heads, heads, np.float32(0)))
+    velocity = {k: np.zeros_like(v) for k, v in heads.items()}
+    state = layout.put_replicated((heads, velocity, np.float32(0)))
     for batch in _batches(x, y, size, steps, seed, layout):
         # Many programs in flight starve each other of threads where CPU devices meet in a collective.
         state = jax.block_until_ready(_advance(state, batch, fixed, steps=1 if n > size else steps))

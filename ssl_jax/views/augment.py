@@ -157,7 +157,7 @@ class Augment:
     def _noise(self, key: jax.Array) -> dict[str, jax.Array]:
         """All random numbers of a view, uniform in [0, 1): every option has its own, whichever others are on.
 
-        One draw, because each costs compile time as much as the rest of the view.
+        One draw, because every call of the generator is a program of its own to compile.
         """
         noise = jax.random.uniform(key, (22 + 4 + 4 * len(self.channels) + len(CHOICES),))
         box, order, factors, choices = jnp.split(noise, np.cumsum([22, 4, 4 * len(self.channels)]))

@@ -1,0 +1,71 @@
+"""Every experiment of configs/, shrunk, trains two steps and evaluates."""
+import importlib.util
+import json
+import pathlib
+
+import pytest
+import tiny
+
+from ssl_jax.experiment import Experiment, assemble
+from ssl_jax.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
+every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda p: str(p.relative_to(ROOT / 'configs')))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location('experiment', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(), module.__doc__
+
+
+@every_config
+def test_first_lines(path):
+    """The command, the hardware, the time and the expected result come first."""
+    config, doc = load(path)
+    name = path.relative_to(ROOT)
+    assert f'python -m ssl_jax.main --config={name}' in doc
+    for line in ('Hardware: ', 'Time: ', 'Expected: '):
+        assert f'\n{line}' in doc
+    assert 'TIME' not in doc and 'EXPECTED' not in doc
+    # Only keys that are there can be set on the command line.
+    assert set(config) == set(Experiment.__dataclass_fields__) - {'wandb'}
+
+
+@every_config
+def test_trains_two_steps(path, tmp_path):
+    config, _ = load(path)
+    config = config.to_dict()
+    patch = config['objective']['encoder']['patch']
+    size = 4 * patch
+    channels = len(config['data'].get('planned', {}).get('channels', 'abc'))
+    tiny.write(tmp_path / 'data', size=(size, size), channels=channels)
+    config['objective']['encoder'] = dict(name='vit', patch=patch, width=32, depth=2, heads=2)
+    config['objective']['decoder'] |= dict(width=16, depth=1, heads=2)
+    config['view'].pop('size', None)
+    config['data'] = dict(root=str(tmp_path / 'data'), split=config['data']['split'], threads=0)
+    config['optim'] |= dict(warmup=1)
+    for evaluator in config['evals'].values():
+        evaluator |= dict(every=None) | ({'steps': 20, 'resamples': 20} if evaluator['name'] == 'linear_probe' else {})
+        if isinstance(evaluator.get('positive'), str):
+            evaluator['positive'] = 'down'
+    train(config | dict(batch=8, duration=2, log_every=1, checkpoint=dict(every=2)), str(tmp_path / 'run'))
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines[:2]] == [1, 2] and all(line['loss'] > 0 for line in lines[:2])
+    assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
+    for tag in config['evals']:
+        assert any(name.startswith(f'{tag}/random/') for line in lines for name in line)
+    assert list((tmp_path / 'run' / 'images').rglob('*.png'))
+
+
+@pytest.mark.parametrize('name', ['mae_vitl', 'mae_vitb', 'hephaestus/mae_vitl'])
+def test_full_size_assembles_from_shapes_alone(name):
+    config, _ = load(ROOT / 'configs' / f'{name}.py')
+    run = assemble(config, 'unused', need_data=False)
+    parameters = {'mae_vitl': 329_541_888, 'mae_vitb': 111_907_840, 'hephaestus/mae_vitl': None}[name]
+    count = sum(x.size for x in __import__('jax').tree.leaves(run.state.params))
+    assert parameters is None or count == pytest.approx(parameters, rel=0.01)  # published tables count fixed positions
+    assert run.schedules['lr'](run.total_steps // 20) == pytest.approx(
+        config.optim.lr * config.batch / config.optim.lr_reference_batch, rel=1e-2)
