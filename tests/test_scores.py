@@ -135,3 +135,19 @@ def test_positive_class():
         scores.positive_class('deformaton', ('none', 'deformation'), where='evals.probe')
     with pytest.raises(UserError, match='positive=2'):
         scores.positive_class(2, ('a', 'b'), where='evals.probe')
+
+
+@pytest.mark.parametrize('positive', [0, 1])
+def test_best_threshold_maximises_f1_and_moving_it_keeps_the_ranking(positive):
+    rng = np.random.default_rng(3)
+    labels = (rng.uniform(size=200) < 0.2).astype(int)
+    p = np.clip(0.1 + 0.15 * labels + 0.1 * rng.normal(size=200), 0.01, 0.99).round(2)   # with ties
+    p = np.stack([1 - p, p], 1)
+    threshold = scores.best_threshold(labels, p, positive)
+    f1 = lambda t: metrics.f1_score(labels == positive, p[:, positive] >= t)
+    assert f1(threshold) == max(f1(t) for t in np.unique(p[:, positive]))
+    moved = scores.move_threshold(p, positive, threshold)
+    np.testing.assert_allclose(moved.sum(1), 1)
+    np.testing.assert_array_equal(moved.argmax(1) == positive, p[:, positive] >= threshold)
+    before, after = (scores.classification(labels, x, positive=positive) for x in (p, moved))
+    assert after['f1'] == pytest.approx(f1(threshold)) and after['auroc'] == pytest.approx(before['auroc'])

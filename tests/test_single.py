@@ -152,13 +152,13 @@ def test_probabilities():
     n = 4000
     x = np.zeros((n, 4, 4, 1), 'f4')
     x[:, 0, 0] = 1.0   # where the bright corner ends up tells which flips and turns were made
-    v = view((channel('c', mean=0.0, std=1.0, high=1.0),), (4, 4), hflip=0.3)
-    out = train(v, {'image': x, 'position': np.arange(n, dtype='u4')})['image']
-    assert abs((out[:, 0, 3, 0] == 1).mean() - 0.3) < 4 * np.sqrt(0.21 / n)
-    v = view((channel('c', mean=0.0, std=1.0, high=1.0),), (4, 4), quarter_turns=0.6)
-    out = train(v, {'image': x, 'position': np.arange(n, dtype='u4')})['image'][..., 0]
-    shares = [(out[:, i, j] == 1).mean() for i, j in ((0, 0), (3, 0), (3, 3), (0, 3))]
-    np.testing.assert_allclose(shares, [0.4, 0.2, 0.2, 0.2], atol=4 * np.sqrt(0.24 / n))
+    batch = {'image': x, 'position': np.arange(n, dtype='u4')}
+    corners = (0, 0), (0, 3), (3, 0), (3, 3)
+    for options, expected in ((dict(hflip=0.3, vflip=0.4), [0.42, 0.18, 0.28, 0.12]),
+                              (dict(quarter_turns=0.6), [0.4, 0.2, 0.2, 0.2])):
+        out = train(view((channel('c', mean=0.0, std=1.0, high=1.0),), (4, 4), **options), batch)['image'][..., 0]
+        shares = [(out[:, i, j] == 1).mean() for i, j in corners]
+        np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / n))
 
 
 def test_invalid_pixels_never_contribute():
@@ -180,13 +180,22 @@ def test_invalid_pixels_never_contribute():
     assert (out['image'][~valid] == 0).all() and np.isfinite(out['image']).all()
 
 
+def test_mixed_colours_need_all_channels():
+    valid = np.random.default_rng(1).random((6, 24, 24, 3)) < 0.8
+    image = np.where(valid, rgb_batch()['image'] / 255, np.nan).astype('f4')
+    v = view(tuple(channel(c, high=1.0) for c in 'rgb'), jitter=dict(contrast=0.4, saturation=0.4), grey=0.5)
+    out = train(v, {'image': image, 'valid': valid, 'position': np.arange(6, dtype='u4')})
+    np.testing.assert_array_equal(out['valid'], np.broadcast_to(valid.all(-1, keepdims=True), valid.shape))
+    assert np.isfinite(out['image']).all() and (out['image'][~out['valid']] == 0).all()
+
+
 @pytest.mark.parametrize('spread', [1, 3])
 def test_a_constant_stays_constant_around_holes(spread):
     values = np.float32([3.0, 0.5, 700.0])
     valid = np.random.default_rng(2).random((6, 24, 24, spread)) < 0.7
     batch = insar_batch() | {'image': np.where(valid, values, 0).astype('f4'), 'valid': valid}
     v = view(INSAR, size=20, interpolation='bilinear', crop=dict(scale=(0.3, 1.0)), rotation=dict(degrees=90),
-             blur=dict(sigma=(1.0, 2.0)))
+             jitter=dict(contrast=0.5), blur=dict(sigma=(1.0, 2.0)))
     out = train(v, batch)
     assert out['valid'].shape == (6, 20, 20, spread) and 0.2 < out['valid'].mean() < 0.9
     errors = np.abs(v.denormalise(out['image']) - values) / values
@@ -281,6 +290,8 @@ def test_evaluation_resizes_and_crops_the_centre():
     resized = evaluate(view(RGB, (32, 40), size=(24, 30)), batch)['image']
     out = evaluate(v, batch)['image']
     np.testing.assert_allclose(out, resized[:, 2:22, 5:25], atol=1e-5)
+    aliased = evaluate(view(RGB, (32, 40), size=(24, 30), antialias=False), batch)['image']
+    assert aliased.std() > 1.1 * resized.std()
     shrunk = evaluate(view(RGB, (32, 40), size=20), batch)['image']   # the smallest resize that covers 20 x 20
     np.testing.assert_allclose(shrunk, evaluate(view(RGB, (32, 40), size=20, resize=20), batch)['image'], atol=1e-5)
 

@@ -28,11 +28,13 @@ class LinearProbe(Evaluator):
 
     Every combination of learning rate, weight decay and readout is trained; the best on the validation split (accuracy,
     or AUPRC of the positive class where there is one; ties go to the smaller cross entropy) is reported on the
-    test split, on which no choice depends.
+    test split, on which no choice depends. Of two classes the positive one is predicted from that probability on which
+    gives the highest F1 on the validation split.
 
     Results: accuracy, precision, recall, f1, auroc and auprc of the test split (see `scores.classification`), each with
     the ends of its 95 % bootstrap interval as '<name>_low' and '<name>_high' (by groups, where examples have them);
-    of the chosen classifier 'lr', 'weight_decay', 'readout' (counted from 0) and 'val_accuracy' or 'val_auprc'.
+    of the chosen classifier 'lr', 'weight_decay', 'readout' (counted from 0), 'threshold', and 'val_accuracy' or
+    'val_auprc'.
 
     Args:
       lr: peak learning rates; 1 is about the largest stable one, see `fit`. Small ones amount to early stopping.
@@ -100,11 +102,15 @@ class LinearProbe(Evaluator):
                      best.readout)
         test = get(self.test)
         p = scores.softmax(logits(heads, standard(test.values), best))
+        chosen = {'lr': lr, 'weight_decay': weight_decay, 'readout': float(self.readout.index(best.readout))}
+        if positive is not None and classes == 2:
+            val_p = scores.softmax(logits(heads, standard(val_x), best))
+            chosen['threshold'] = scores.best_threshold(val_y, val_p, positive)
+            p = scores.move_threshold(p, positive, chosen['threshold'])
         values = scores.with_intervals(test.label, p, positive=positive, resamples=self.resamples, seed=self.seed,
                                        groups=groups(self.data, self.test, test.index))
         quality = 'val_accuracy' if positive is None else 'val_auprc'
-        return values | {'lr': lr, 'weight_decay': weight_decay, 'readout': float(self.readout.index(best.readout)),
-                         quality: best.quality}
+        return values | chosen | {quality: best.quality}
 
 
 def statistics(x: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -32,6 +32,24 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
+def best_threshold(labels: np.ndarray, scores: np.ndarray, positive: int) -> float:
+    """The probability (N, 2) of the positive class from which on predicting it gives the highest F1 on these labels."""
+    from sklearn.metrics import precision_recall_curve
+    precision, recall, thresholds = precision_recall_curve(labels == positive, scores[:, positive])
+    f1 = _ratio(2 * precision * recall, precision + recall)[:-1]
+    return float(thresholds[f1.argmax()])
+
+
+def move_threshold(scores: np.ndarray, positive: int, threshold: float) -> np.ndarray:
+    """Probabilities (N, 2) with the odds scaled so that `threshold` becomes 0.5; the ranking stays."""
+    threshold = np.clip(threshold, 1e-9, 1 - 1e-9)
+    p = scores[:, positive]
+    # A score at the threshold counts as positive, and argmax gives ties to class 0.
+    odds = p * (1 - threshold) * (1 + 1e-9), (1 - p) * threshold
+    moved = odds[0] / (odds[0] + odds[1])
+    return np.stack([1 - moved, moved] if positive == 1 else [moved, 1 - moved], axis=1)
+
+
 def classification(labels: np.ndarray, scores: np.ndarray, *, positive: int | None = None) -> dict[str, float]:
     """Accuracy, precision, recall, F1, AUROC and AUPRC (average precision).
 

@@ -34,7 +34,8 @@ class Augment:
 
     *Invalid pixels* never contribute. An output value is the weighted mean of the valid pixels under the kernel; it is
     valid where these carry at least half of the kernel's weight (normalised convolution, Knutsson and Westin 1993).
-    Invalid output is 0 after normalisation.
+    Invalid output is 0 after normalisation. Where colours are mixed (grey, saturation, hue), a pixel with an invalid
+    channel is invalid.
 
     *Units*: geometry works on raw values. For colour operations unsigned integers are divided by their largest value.
     These, and float channels that the manifest knows to lie in [0, 1], are clamped to that range as in torchvision.
@@ -96,8 +97,7 @@ class Augment:
             raise UserError(f'config.view: resize={self.resize}: {e}') from e
         if self.quarter_turns and self.size[0] != self.size[1]:
             raise UserError(f'config.view: quarter_turns={self.quarter_turns} needs a square view, not {self.size}')
-        colour = self.grey or (self.jitter and (self.jitter.saturation or self.jitter.hue))
-        if colour and not self.rgb:
+        if self._mixes and not self.rgb:
             listed = ', '.join(f'{c.name} ({c.kind}, unit {c.unit!r})' for c in self.channels)
             raise UserError(f'config.view: grey, saturation and hue need three linear channels of one unit: {listed}')
         if not self.phases.linear and (self.jitter or self.solarise):
@@ -115,6 +115,11 @@ class Augment:
     def rgb(self) -> bool:
         """Whether the channels are three linear ones of one unit."""
         return len(self.channels) == self.phases.linear == 3 and len({c.unit for c in self.channels}) == 1
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether some operation makes one channel out of several."""
+        return bool(self.grey or (self.jitter and (self.jitter.saturation or self.jitter.hue)))
 
     def random(self, example: Example, key: jax.Array) -> dict[str, jax.Array]:
         """An augmented view of one example.
@@ -187,9 +192,9 @@ class Augment:
         image, valid = out.pop('image'), out.pop('valid', None)
         if image.shape[-1] != len(self.channels):
             raise UserError(f'images have {image.shape[-1]} channels, the manifest names {len(self.channels)}')
+        if valid is not None and self._mixes:
+            valid = jnp.broadcast_to(valid.all(-1, keepdims=True), valid.shape)
         x = self.phases.encode(image)
-        if valid is not None:
-            x = jnp.where(self.phases.spread(valid), x, 0)
         if geometry is None:
             return x, valid, out
         turning = dict(reach=rotation.degrees, border=rotation.border) if rotation else {}
