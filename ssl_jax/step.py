@@ -70,6 +70,7 @@ def make_train_step(objective: Objective, view: View, tx: optax.GradientTransfor
 
     Args:
       accumulate: the batch goes through in this many equal parts, gradients and metrics averaged, `aux` carried along.
+        The parts weigh alike: a mean over a count that varies, as of valid pixels, differs a little from the whole's.
     """
     grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
 

@@ -28,8 +28,6 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
     experiment, layout, first_process = run.experiment, run.layout, jax.process_index() == 0
     progress = Progress(active=first_process)
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    if first_process:
-        write_atomic(pathlib.Path(workdir, 'config.json'), json.dumps(configs.plain(config), indent=2) + '\n')
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(layout.mesh))
@@ -45,6 +43,10 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
             state = run.init()
             if experiment.init_from is not None:
                 state = graft(state, experiment.init_from)
+
+        # Only now: a run that does not fit the checkpoint leaves the folder as it was.
+        if first_process:
+            write_atomic(pathlib.Path(workdir, 'config.json'), json.dumps(configs.plain(config), indent=2) + '\n')
 
         # Data from the very example where the checkpoint left off: its position is a function of the step alone.
         block, blocks = layout.block()

@@ -128,7 +128,7 @@ def test_evaluator(data, caplog):
         values = probe.run(evaluation.Stripes(), view, state)
     names = {'accuracy', 'precision', 'recall', 'f1', 'auroc', 'auprc'}
     names |= {f'{name}_{end}' for name in names for end in ('low', 'high')}
-    names |= {'lr', 'weight_decay', 'readout', 'val_auprc'}
+    names |= {'lr', 'weight_decay', 'readout', 'threshold', 'val_auprc'}
     assert set(values) == names | {f'random/{name}' for name in names}
     assert all(isinstance(v, float) for v in values.values())
     assert values['accuracy'] == values['auroc'] == values['val_auprc'] == 1

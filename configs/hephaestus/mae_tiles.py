@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
 
     config.objective = dict(
         name='mae', mask_ratio=0.6, norm_pix_loss=False,
-        encoder=dict(name='vit', size='Ti', patch=16, depth=6),
+        encoder=dict(name='vit', patch=16, width=192, depth=6, heads=3),
         decoder=dict(width=128, depth=2, heads=4))
     config.view = dict(
         name='single', size=128, crop=dict(scale=(0.2, 1.0)), hflip=0.5, vflip=0.5, quarter_turns=0.75,

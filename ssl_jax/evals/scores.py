@@ -33,11 +33,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray, positive: int) -> float:
-    """The probability (N, 2) of the positive class from which on predicting it gives the highest F1 on these labels."""
+    """The probability (N, 2) of the positive class from which on predicting it gives the highest F1 on these labels.
+
+    Between two examples it lies in the middle.
+    """
     from sklearn.metrics import precision_recall_curve
     precision, recall, thresholds = precision_recall_curve(labels == positive, scores[:, positive])
     f1 = _ratio(2 * precision * recall, precision + recall)[:-1]
-    return float(thresholds[f1.argmax()])
+    best = f1.argmax()
+    return float(thresholds[max(best - 1, 0):best + 1].mean())
 
 
 def move_threshold(scores: np.ndarray, positive: int, threshold: float) -> np.ndarray:

@@ -84,19 +84,19 @@ class Augment:
             given = getattr(self, name)
             values = tuple(getattr(c, name) for c in self.channels) if given is None else given
             if len(values) != len(self.channels):
-                raise UserError(f'config.view: {name} has {len(values)} values for {len(self.channels)} channels')
+                raise UserError(f'config.view.{name} has {len(values)} values for {len(self.channels)} channels')
             object.__setattr__(self, name, values)
         self._check()
 
     def _check(self):
         if min(self.size) < 1:
-            raise UserError(f'config.view: size={self.size}: expected at least 1 pixel')
+            raise UserError(f'config.view.size={self.size}: expected at least 1 pixel')
         try:
             central_box(self.image_size, self.size, self.resize)
         except ValueError as e:
-            raise UserError(f'config.view: resize={self.resize}: {e}') from e
+            raise UserError(f'config.view.resize={self.resize}: {e}') from e
         if self.quarter_turns and self.size[0] != self.size[1]:
-            raise UserError(f'config.view: quarter_turns={self.quarter_turns} needs a square view, not {self.size}')
+            raise UserError(f'config.view.quarter_turns={self.quarter_turns} needs a square view, not {self.size}')
         if self._mixes and not self.rgb:
             listed = ', '.join(f'{c.name} ({c.kind}, unit {c.unit!r})' for c in self.channels)
             raise UserError(f'config.view: grey, saturation and hue need three linear channels of one unit: {listed}')

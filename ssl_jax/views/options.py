@@ -71,7 +71,7 @@ class Blur:
         check('blur.probability', self.probability)
         check('blur.sigma', self.sigma, 1e-3, 1e3)
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
-            raise UserError(f'config.view: blur.kernel={self.kernel!r}: expected an odd number of pixels')
+            raise UserError(f'config.view.blur.kernel={self.kernel!r}: expected an odd number of pixels')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,4 +90,4 @@ def check(name: str, value: float | Range, low: float = 0.0, high: float = 1.0) 
     first, last = value if isinstance(value, tuple) else (value, value)
     if not low <= first <= last <= high:
         expected = 'an increasing pair' if isinstance(value, tuple) else 'a number'
-        raise UserError(f'config.view: {name}={value!r}: expected {expected} in [{low:g}, {high:g}]')
+        raise UserError(f'config.view.{name}={value!r}: expected {expected} in [{low:g}, {high:g}]')
