@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             describe(config, workdir)
         else:
             train(config, workdir)
-    except UserError as error:
+    except (UserError, OSError) as error:   # an OSError names the file, and what is wrong with it or its disk
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
