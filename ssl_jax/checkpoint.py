@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,8 +69,14 @@ class Checkpoints:
         """Starts writing; the state may be donated to the next step at once.
 
         Raises:
-          UserError: this or the previous save found no room on the disk; the checkpoints before it are intact.
+          UserError: there is no room on the disk, or the previous save failed; the checkpoints before it are intact.
         """
+        # Asked before: a write that fails half-way does so in a dozen background threads, each with its traceback.
+        need = sum(x.nbytes for x in jax.tree.leaves(state)) // jax.process_count() + 2 ** 20
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise UserError(f'checkpoint {self.folder / str(step)} needs {need / 2 ** 20:,.1f} MiB and the disk has '
+                            f'{free / 2 ** 20:,.1f} left: make room and run the same command again')
         with _named(self.folder):
             self._manager.save(step, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),

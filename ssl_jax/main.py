@@ -22,9 +22,10 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
     try:
         rest = flags.FLAGS(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # ml_collections hands on the repr of a KeyError, quotes and line breaks escaped.
-        message = str(error.args[0] if error.args else error).replace('\\n', ' ').replace('\\', '')
-        raise UserError('command line: ' + ' '.join(message.split())) from error
+        # ml_collections hands on the repr of a KeyError, quotes and line breaks escaped, as an AttributeError.
+        message = ' '.join(str(error).replace('\\n', ' ').replace('\\', '').strip('"').split())
+        what = 'the config has no key ' if isinstance(error, (AttributeError, KeyError)) else ''
+        raise UserError(f'command line: {what}{message}') from error
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag: expected --name=value')
     if _CONFIG.value is None:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -227,6 +228,14 @@ def test_checkpoint_of_another_model_is_refused(stripes, straight):
         train(config, str(straight))
     with pytest.raises(UserError, match='was made with batch=8, this run has 4'):
         train(tiny.config(stripes / 'data', duration=STEPS, batch=4), str(straight))
+
+
+def test_full_disk_is_said_before_anything_is_written(stripes, tmp_path, monkeypatch):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(path)._replace(free=2 ** 20))
+    with pytest.raises(UserError, match=r'checkpoint .*checkpoints/2 needs 1.\d MiB and the disk has 1.0 left'):
+        train(tiny.config(stripes / 'data', duration=STEPS), str(tmp_path))
+    assert not list((tmp_path / 'checkpoints').iterdir())
 
 
 @pytest.mark.parametrize('changes, message', [
