@@ -4,8 +4,12 @@ python -m data_prep.image_folder --input=DIR_OR_TAR --output=data/cifar10 --val_
 python -m ssl_jax.main --config=configs/cifar10/mae_vitti.py
 
 Hardware: one GPU; 2 CPU cores for the shortened run below.
-Time: TIME
-Expected: EXPECTED
+Time: 10 minutes for the shortened run, 4 of them training.
+Expected: not run in full. Shortened (below; 64,000 images, 1.4 epochs): 20 nearest neighbours 0.339, random weights 0.295;
+  linear probe on 10,000 labels 0.495 [0.485, 0.505], random weights 0.473 [0.463, 0.484] (measured, test accuracy).
+  --config.batch=128 --config.duration=500 --config.precision=f32 --config.objective.encoder.width=128
+  --config.objective.encoder.depth=4 --config.objective.encoder.heads=4 --config.objective.decoder.width=64
+  --config.evals.knn.limit=5000 --config.evals.probe.limit=10000
 """
 from ml_collections import ConfigDict, config_dict
 

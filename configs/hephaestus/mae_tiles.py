@@ -5,8 +5,8 @@ python -m data_prep.image_folder --input=DIR --output=data/tiles --channels=phas
 python -m ssl_jax.main --config=configs/hephaestus/mae_tiles.py
 
 Hardware: 2 CPU cores.
-Time: TIME
-Expected: EXPECTED
+Time: 3 minutes.
+Expected: unlabelled; the error on hidden patches falls well below that of random weights.
 """
 from ml_collections import ConfigDict, config_dict
 
