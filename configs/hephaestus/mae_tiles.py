@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
         interpolation='bilinear')
     config.data = dict(root='data/tiles', split='train')
     config.optim = dict(
-        name='adamw', lr=1.5e-3, lr_reference_batch=256, betas=(0.9, 0.95), weight_decay=0.05, schedule='cosine',
-        warmup='10ep')
+        name='adamw', lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, schedule='cosine',
+        warmup='10%')
 
     config.evals = dict(
         reconstruct=dict(name='reconstruct', every='50%', split='val', count=4))
