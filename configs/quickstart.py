@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch = 32
-    config.duration = '40ep'
+    config.duration = '50ep'
     config.precision = 'f32'
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)

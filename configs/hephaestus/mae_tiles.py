@@ -1,7 +1,7 @@
 """MAE on PNG tiles of real interferograms (phase, coherence, DEM; 256 pixels, 8 bit), a few hundred images or fewer.
 
 python -m data_prep.image_folder --input=DIR --output=data/tiles --channels=phase.png,coherence.png,dem.png \\
-    --kinds=phase:256,linear,linear
+    --kinds=phase:256,linear,linear --nodata=127,, --val_fraction=0.1
 python -m ssl_jax.main --config=configs/hephaestus/mae_tiles.py
 
 Hardware: 2 CPU cores.
