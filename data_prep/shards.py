@@ -188,13 +188,18 @@ def _write_in_pool(plan: Plan, work: Sequence[tuple[str, Sequence[Any]]], worker
 _worker: tuple[Plan, Any] | None = None
 
 
-def _start_worker(parent: int, plan: Plan, counter: Any) -> None:
-    global _worker
+def end_with_parent(parent: int) -> None:
+    """For the start of a worker process: it dies with its parent (on Linux), and leaves Ctrl-C to it."""
     if sys.platform == 'linux':   # a worker that outlived a killed parent would go on writing beside its successor
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches the whole group: the parent ends the workers
+
+
+def _start_worker(parent: int, plan: Plan, counter: Any) -> None:
+    global _worker
+    end_with_parent(parent)
     _worker = plan, counter
 
 

@@ -13,15 +13,12 @@ and intensity are those of `simulated_frame`.
 """
 import argparse
 import concurrent.futures
-import ctypes
 import dataclasses
 import json
 import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,11 +30,11 @@ from data_prep import scene
 from data_prep.convert import run
 from data_prep.minicube_samples import FLAWS
 from data_prep.minicube_store import ATMOSPHERE, DIMENSIONS
+from data_prep.shards import end_with_parent
 from data_prep.simulated_frame import SPACING, Frame, draw_groups, draw_swath
 from ssl_jax.errors import UserError
 
 STEP = 0.001                    # degrees per pixel
-_PR_SET_PDEATHSIG = 1
 RASTERS = {'insar_difference': 'f4', 'insar_coherence': 'f4',
            **{f'{date}_date_{name}': 'f4' for date in ('primary', 'secondary') for name in ATMOSPHERE},
            'deformation_mask': 'i4', 'activity_type_mask': 'i4', 'intensity_level_mask': 'i4'}
@@ -106,18 +103,10 @@ def _frames(simulation: Simulation, frames: int, workers: int) -> Iterator[list[
         return
     context = multiprocessing.get_context('spawn')      # a child forked beside threads (JAX, Zarr) may hang
     try:
-        with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent, (os.getpid(),)) as pool:
             yield from pool.map(simulate_frame, [simulation] * frames, range(frames))
     except concurrent.futures.BrokenExecutor as error:
         raise UserError('a worker process died (killed for memory?): use fewer --workers') from error
-
-
-def _start_worker(parent: int) -> None:
-    if sys.platform == 'linux':      # else the workers would outlive a killed parent, waiting for frames
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C reaches the whole group: the parent ends the workers
 
 
 def frame_id(index: int) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ssl_jax.views import ops
 from ssl_jax.views.warp import Warp, central_box, random_box, resample, rotate, sample, warp, warp_nearest
@@ -226,8 +227,7 @@ def test_colour_pillow():
 @pytest.mark.parametrize('i', range(4))
 def test_hue_pillow(i):
     """Pillow keeps hue and saturation in 8 bits: the operation is given the image and the shift that this leaves."""
-    image = pytest.importorskip('PIL.Image')
-    hsv = np.asarray(image.fromarray(PIL['x']).convert('HSV')).astype(int)
+    hsv = np.asarray(Image.fromarray(PIL['x']).convert('HSV')).astype(int)
     turned = (hsv[..., 0] + int(float(PIL[f'hue/{i}/factor']) * 255)) % 256
     rounded = np.asarray([colorsys.hsv_to_rgb(*pixel) for pixel in hsv.reshape(-1, 3) / 255], np.float32)
     shift = (turned - hsv[..., 0]).astype(np.float32) / 255

@@ -3,12 +3,11 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from ssl_jax.data import tfds_source
 from ssl_jax.data.pipeline import Data
 from ssl_jax.errors import UserError
-
-tfds = pytest.importorskip('tensorflow_datasets')
 
 # TFDS wants builders in modules, with a folder of their own.
 MODULE = '''
