@@ -39,4 +39,5 @@ def get_config() -> ConfigDict:
         reconstruct=dict(name='reconstruct', split='test'))
     config.checkpoint = dict(every='20%', keep=1)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.health = dict(on_collapse='warn')
     return config

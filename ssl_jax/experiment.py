@@ -13,6 +13,7 @@ from ssl_jax.checkpoint import Checkpoint
 from ssl_jax.config import Duration
 from ssl_jax.data.pipeline import Data
 from ssl_jax.errors import UserError
+from ssl_jax.monitors import Health
 from ssl_jax.optim import Optim
 from ssl_jax.sharding import Layout
 from ssl_jax.step import TrainState
@@ -29,6 +30,7 @@ class Experiment:
       accumulate: parts that a batch goes through in, one after another, before the update.
       init_from: a run or checkpoint folder whose encoder this run starts from; see `checkpoint.graft`.
       evals: evaluator specs by tag.
+      health: when a collapse raises an alarm, and whether it ends the run; see `monitors.Health`.
       log_every: steps between lines of the metrics log.
       wandb: arguments of `wandb.init`; None logs to files only.
     """
@@ -45,6 +47,7 @@ class Experiment:
     evals: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     checkpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    health: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     log_every: int = 50
     wandb: Mapping[str, Any] | None = None
 
@@ -62,6 +65,7 @@ class Run:
     schedules: Mapping[str, Any]
     evals: Mapping[str, Any]
     checkpoint: Checkpoint
+    health: Health
     state: TrainState          # shapes with their shardings
     batch: Mapping[str, Any]   # shapes of a host batch, all processes together
     steps_per_epoch: int
@@ -110,6 +114,7 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
 
     optim = configs.bind(Optim, experiment.optim, where='optim')()
     checkpoint = configs.bind(Checkpoint, experiment.checkpoint, where='checkpoint')()
+    health = configs.bind(Health, experiment.health, where='health')()
 
     data = configs.bind(Data, experiment.data, where='data')()
     data = data if need_data else data.or_planned()
@@ -139,9 +144,10 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
     flops_per_step = flops.count(grad, state.params, state.aux, jax.eval_shape(view.train, batch, key), key)
 
     run = Run(experiment=experiment, layout=layout, data=data, view=view, objective=objective, optim=optim, tx=tx,
-              schedules=schedules, evals=evals, checkpoint=checkpoint, state=state, batch=batch,
-              steps_per_epoch=steps_per_epoch, total_steps=total_steps, flops_per_step=flops_per_step)
+              schedules=schedules, evals=evals, checkpoint=checkpoint, health=health, state=state,
+              batch=batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps, flops_per_step=flops_per_step)
     run.every(run.checkpoint.every, 'checkpoint.every')
+    run.every(run.health.after, 'health.after')
     for tag, evaluator in evals.items():
         run.every(evaluator.every, f'evals.{tag}.every')
     return run

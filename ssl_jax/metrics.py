@@ -4,7 +4,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,8 +148,10 @@ class Progress:
 
     def __init__(self, *, active: bool = True):
         self._active, self._rewrite = active, sys.stderr.isatty()
+        self._alarms: set[str] = set()   # of the last report
 
-    def report(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+    def report(self, step: int, total: int, metrics: Mapping[str, float], alarms: Sequence[str] = ()) -> None:
+        """The line of this step, behind it the alarms, which also stay as lines of their own where they are new."""
         if not self._active:
             return
         parts = [f'step {step}/{total}', f'loss {metrics["loss"]:.4f}', f'lr {metrics["lr"]:.2e}']
@@ -159,6 +161,12 @@ class Progress:
             parts.append(f'MFU {metrics["mfu_percent"]:.1f}%')
         if 'eta_s' in metrics:
             parts.append(f'ETA {duration(metrics["eta_s"])}')
+        for alarm in alarms:
+            name = alarm.partition(' ')[0]
+            if name not in self._alarms:
+                self.say(f'ALARM at step {step}: {alarm}')
+            parts.append(f'ALARM {name}')
+        self._alarms = {alarm.partition(' ')[0] for alarm in alarms}
         text = '  '.join(parts)
         start, end = ('\r\x1b[K', '') if self._rewrite else ('', '\n')
         print(start + text, end=end, file=sys.stderr, flush=True)

@@ -63,6 +63,7 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
                              donate_argnums=0, out_shardings=(run.shardings, None))
         save_every = run.every(run.checkpoint.every, 'checkpoint.every')
         eval_every = {tag: run.every(e.every, f'evals.{tag}.every') for tag, e in run.evals.items()}
+        watch_from = run.every(run.health.after, 'health.after')
         peak = flops.peak_flops(jax.devices()[0])
         meter = Meter(step=start, total_steps=run.total_steps, batch=experiment.batch,
                       flops_per_step=run.flops_per_step, peak_flops=peak and peak * jax.device_count())
@@ -107,8 +108,12 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
             if log or done == run.total_steps:
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
                 values |= {name: float(schedule(step)) for name, schedule in run.schedules.items()} | meter.read(done)
-                writer.scalars(done, values)
-                progress.report(done, run.total_steps, values)
+                alarms = run.health.alarms(values) if done >= watch_from else []
+                writer.scalars(done, values | {'alarms': len(alarms)})
+                progress.report(done, run.total_steps, values, alarms)
+                if alarms and run.health.on_collapse == 'stop':
+                    raise UserError(f'collapse at step {done}, and config.health.on_collapse is \'stop\': '
+                                    + '; '.join(alarms))
             if save or done == run.total_steps:
                 checkpoints.save(done, state)
             began = time.perf_counter()

@@ -10,23 +10,23 @@ import tiny
 from jax.sharding import NamedSharding
 
 from ssl_jax import config
+from ssl_jax.data.source import Channel
 from ssl_jax.sharding import Layout, path_name
 from ssl_jax.step import TrainState, make_train_step
 
 # Parts of aux that an objective may change while it trains, by objective.
-MOVING_AUX = {'mae': (), 'classify': (), 'classify-frozen': ('stats',)}
+MOVING_AUX = {'mae': (), 'simmim': (), 'classify': (), 'classify-frozen': ('stats',),
+              'mocov3': ('averaged', 'momentum', 'momentum_stats', 'stats')}
 VOCABULARY = {'cls', 'patches', 'logits', 'recon', 'mask'}
 BATCH = 8
 
 every_objective = pytest.mark.parametrize('name', tiny.OBJECTIVES)
 
 
-class AsIs:
-    """The view of images that are normalised already."""
-    def train(self, batch, key):
-        return batch
-
-    eval = train
+def build_view(name, *, size=(32, 32), channels=3):
+    percentiles = {p: 0.0 for p in ('1', '5', '25', '50', '75', '95', '99')}
+    given = tuple(Channel(f'c{i}', 'linear', 0.0, 1.0, None, '', -4.0, 4.0, percentiles, 1.0) for i in range(channels))
+    return config.build('views', tiny.view(name), where='view', image_size=size, channels=given)
 
 
 def build(name, *, size=(32, 32), channels=3):
@@ -72,7 +72,7 @@ def test_two_steps(name):
 
     before = start(objective, tx)
     step = jax.jit(make_train_step(type('Traced', (), dict(loss=staticmethod(loss), update_aux=objective.update_aux)),
-                                   AsIs(), tx))
+                                   build_view(name), tx))
     state = before
     for _ in range(2):
         state, metrics = step(state, make_batch(), jax.random.key(1))
@@ -87,7 +87,7 @@ def test_two_steps(name):
 @every_objective
 def test_same_seed_same_bits(name):
     objective, tx = build(name), optax.adam(1e-2)
-    step = jax.jit(make_train_step(objective, AsIs(), tx))
+    step = jax.jit(make_train_step(objective, build_view(name), tx))
     one, two = (step(start(objective, tx), make_batch(), jax.random.key(1))[0] for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
@@ -97,13 +97,14 @@ def test_same_seed_same_bits(name):
 def test_sharded_equals_replicated(name, mesh):
     objective, tx = build(name), optax.sgd(0.1)
     key = jax.random.key(1)
-    alone, alone_metrics = jax.jit(make_train_step(objective, AsIs(), tx))(start(objective, tx), make_batch(), key)
+    alone_step = jax.jit(make_train_step(objective, build_view(name), tx))
+    alone, alone_metrics = alone_step(start(objective, tx), make_batch(), key)
 
     layout = Layout(min_size=1, **mesh)
     with jax.set_mesh(layout.mesh):
         state = jax.device_put(start(objective, tx), layout.shardings(jax.eval_shape(lambda: start(objective, tx))))
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        step = jax.jit(make_train_step(objective, AsIs(), tx), out_shardings=(shardings, None))
+        step = jax.jit(make_train_step(objective, build_view(name), tx), out_shardings=(shardings, None))
         state, metrics = step(state, layout.put(make_batch()), key)
     if 'fsdp' in mesh or 'tensor' in mesh:
         assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves((state.params, state.aux)))
@@ -122,8 +123,12 @@ def test_shapes(name, channels, size, valid):
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, aux = jax.eval_shape(objective.init, key)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-    loss, (new_aux, metrics) = jax.eval_shape(lambda p, a, b, k: objective.loss(p, a, b, step=0, key=k),
-                                              params, aux, batch, key)
+    view = build_view(name, size=size, channels=channels)
+
+    def train(params, aux, batch, key):
+        return objective.loss(params, aux, view.train(batch, key), step=jnp.zeros((), jnp.int32), key=key)
+
+    loss, (new_aux, metrics) = jax.eval_shape(train, params, aux, batch, key)
     assert loss.shape == () and loss.dtype == jnp.float32
     assert all(m.shape == () for m in metrics.values()) and 'loss' in metrics
     assert jax.tree.structure(new_aux) == jax.tree.structure(aux)

@@ -200,6 +200,21 @@ def test_non_finite_loss_stops_and_leaves_the_batch(stripes, tmp_path):
     assert all(s <= step for s in steps)
 
 
+def test_alarm(stripes, tmp_path, capfd):
+    """A number beyond its limit is said once in a line of its own and in every progress line; 'stop' ends the run."""
+    limits = dict(feature_std=(50.0, None))
+    watched = tiny.config(stripes / 'data', duration=4, health=dict(after=2, limits=limits))
+    train(watched, str(tmp_path / 'warn'))
+    said = capfd.readouterr().err.splitlines()
+    line = r'ALARM at step 2: feature_std [\d.e-]+ is below 50: the features of different images are the same'
+    assert sum(bool(re.fullmatch(line, s)) for s in said) == 1
+    assert ['ALARM feature_std' in s for s in said if s.startswith('step ')] == [False, True, True, True]
+    lines = [json.loads(s) for s in (tmp_path / 'warn' / 'metrics.jsonl').read_text().splitlines()]
+    assert [s['alarms'] for s in lines if 'alarms' in s] == [0, 1, 1, 1]
+    with pytest.raises(UserError, match=r"collapse at step 2, and config.health.on_collapse is 'stop': feature_std"):
+        train(watched | dict(health=dict(after=2, limits=limits, on_collapse='stop')), str(tmp_path / 'stop'))
+
+
 def test_graft(stripes, straight, tmp_path):
     """The frozen encoder is the pretrained one from the first step to the last."""
     train(tiny.config(stripes / 'data', 'classify-frozen', duration=STEPS, init_from=str(straight)), str(tmp_path))

@@ -95,8 +95,7 @@ def test_weights_there_and_back():
 def test_reference_at_other_image_sizes(size):
     golden, (params, _) = load('vit_pos_embed.npz'), split_head(load('vit.safetensors'))
     key, net = '{}x{}'.format(*size), golden_vit(pos_resize='dino')
-    # The reference's convolution passes over the remainder of a size that the patch does not divide.
-    image = nhwc(golden[f'dino/x_{key}'])[:, :size[0] // 8 * 8, :size[1] // 8 * 8]
+    image = nhwc(golden[f'dino/x_{key}'])
     last2 = jax.jit(lambda params: net.bind(params).norm(net.bind(params).encode_layers(image)[-2:]))(params)
     assert_golden('vit_pos_embed', f'dino/last2_{key}', last2, golden[f'dino/last2_{key}'])
     assert_golden('vit_pos_embed', f'dino/cls_{key}', last2[-1, :, 0], golden[f'dino/cls_{key}'])
@@ -137,7 +136,7 @@ def test_reference_vit_small():
 def test_presets_have_the_published_parameter_counts():
     # Without head, in millions: DeiT table 1 (Ti, S), ViT table 1 (B, L, H), Zhai et al. table 2 (g).
     published = {'Ti': (16, 5), 'S': (16, 22), 'B': (16, 86), 'L': (16, 307), 'H': (14, 632), 'g': (14, 1011)}
-    assert published.keys() == SIZES.keys()
+    assert published.keys() == SIZES.keys() - {'4M'}
     for size, (patch, millions) in published.items():
         net = Net(lambda rngs, s=size, p=patch: ViT(size=s, patch=p, image_size=(224, 224), channels=3, rngs=rngs))
         count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))[0]))
@@ -279,8 +278,6 @@ def test_bad_input(options, message):
 
 def test_bad_images():
     net, params, image = tiny()
-    with pytest.raises(UserError, match='image size 32x20 is not divisible by patch=8'):
-        net.bind(params)(image[:, :, :20])
     with pytest.raises(UserError, match='1 channels: expected channels=3'):
         net.bind(params)(image[..., :1])
 

@@ -33,13 +33,27 @@ ENCODER = dict(name='vit', patch=8, width=32, depth=2, heads=2)
 # For every objective, the smallest thing that shows all its parts.
 OBJECTIVES = {
     'mae': dict(name='mae', encoder=ENCODER, decoder=dict(width=16, depth=1, heads=2)),
+    'mocov3': dict(name='mocov3', encoder=ENCODER | dict(init='mocov3', pos='sincos_rows'), projector=(16, 16, 8),
+                   predictor=(16,)),
+    'simmim': dict(name='simmim', encoder=ENCODER | dict(pos='relative', qkv_bias='qv'), mask_unit=16),
     'classify': dict(name='classify', encoder=ENCODER),
     'classify-frozen': dict(name='classify', encoder=ENCODER, frozen=True),
 }
 
+# The views of those that do not learn from single ones.
+PAIR = dict(name='pair', hflip=0.5, crop=dict(scale=(0.5, 1.0)))
+MULTICROP = PAIR | dict(name='multicrop', local=dict(count=2, size=16, crop=dict(scale=(0.2, 0.5))))
+VIEWS = {'simsiam': PAIR, 'moco': PAIR, 'mocov3': PAIR, 'dino': MULTICROP, 'ibot': MULTICROP}
+
+
+def view(objective):
+    """The view of an entry of OBJECTIVES."""
+    single = dict(name='single', hflip=0.5, crop=dict(scale=(0.5, 1.0)))
+    return VIEWS.get(OBJECTIVES[objective]['name'], single)
+
 
 def config(root, objective='mae', **changes):
     """A whole config for a run on `root`."""
-    return dict(objective=OBJECTIVES[objective], view=dict(name='single', hflip=0.5, crop=dict(scale=(0.5, 1.0))),
+    return dict(objective=OBJECTIVES[objective], view=view(objective),
                 data=dict(root=str(root), threads=1), optim=dict(name='adamw', lr=1e-3, warmup=2, weight_decay=0.05),
                 batch=8, duration=6, precision='f32', log_every=1, checkpoint=dict(every=2, keep=2)) | changes

@@ -40,4 +40,5 @@ def get_config() -> ConfigDict:
         reconstruct=dict(name='reconstruct', every='25%', split='test'))
     config.checkpoint = dict(every='5%', keep=1)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.health = dict(on_collapse='warn')
     return config

@@ -42,4 +42,5 @@ def get_config() -> ConfigDict:
         reconstruct=dict(name='reconstruct', every='20ep', split='train'))
     config.checkpoint = dict(every='10ep', keep=2)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.health = dict(on_collapse='warn')
     return config

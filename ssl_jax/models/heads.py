@@ -1,24 +1,62 @@
-"""Heads that turn an encoder's features into predictions."""
+"""Heads that turn an encoder's features into predictions, projections and what a loss compares."""
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
-class BatchNorm(nnx.Module):
-    """Batch normalisation of (B, D) without scale and shift; the running variance is the unbiased one, as in torch."""
+def torch_linear(rows: int, columns: int, *, bias: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer that starts as torch's does: kernel and bias uniform in +-1 / sqrt(rows)."""
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -1, 1) * rows ** -0.5
+    return nnx.Linear(rows, columns, use_bias=bias, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
-    def __init__(self, width: int, *, momentum: float = 0.1, epsilon: float = 1e-6):
-        self.mean = nnx.BatchStat(jnp.zeros(width))
-        self.var = nnx.BatchStat(jnp.ones(width))
-        self.momentum, self.epsilon = momentum, epsilon
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation of (B, ..., D) over all axes but the last, in float32, as torch's (arXiv:1502.03167).
+
+    Under jit the batch is the global one, whatever devices it lies on. The running variance is the unbiased one.
+
+    Args:
+      affine: learned scale and shift.
+      scale: initial scale.
+      groups: contiguous parts of the batch that are normalised each by itself, like the devices of a run without
+        synchronisation; the running statistics follow their mean.
+      momentum: weight of the new value in the running statistics.
+    """
+
+    def __init__(self, width: int, *, affine: bool = True, scale: float = 1.0, groups: int = 1, momentum: float = 0.1,
+                 epsilon: float = 1e-5):
+        if affine:
+            self.scale, self.bias = nnx.Param(jnp.full(width, scale)), nnx.Param(jnp.zeros(width))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(width)), nnx.BatchStat(jnp.ones(width))
+        self.affine, self.groups, self.momentum, self.epsilon = affine, groups, momentum, epsilon
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        mean, var = (x.mean(0), x.var(0)) if train else (self.mean[...], self.var[...])
+        """Result of the shape and dtype of x.
+
+        Raises:
+          ValueError: in training, a batch that `groups` does not divide.
+        """
+        shape, dtype = x.shape, x.dtype
+        x = x.astype(jnp.float32)
         if train:
-            n = len(x)
-            self.mean[...] += self.momentum * (mean - self.mean[...])
-            self.var[...] += self.momentum * (var * (n / max(n - 1, 1)) - self.var[...])
-        return (x - mean) * jax.lax.rsqrt(var + self.epsilon)
+            if shape[0] % self.groups:
+                raise ValueError(f'batch normalisation in groups={self.groups} does not divide a batch of {shape[0]}')
+            x = x.reshape(self.groups, -1, *shape[1:])
+            axes = tuple(range(1, x.ndim - 1))
+            mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+            n = x.size // (self.groups * shape[-1])
+            new_mean, new_var = (s.reshape(self.groups, -1).mean(0) for s in (mean, var))
+            self.mean[...] += self.momentum * (new_mean - self.mean[...])
+            self.var[...] += self.momentum * (new_var * (n / max(n - 1, 1)) - self.var[...])
+        else:
+            mean, var = self.mean[...], self.var[...]
+        x = ((x - mean) * jax.lax.rsqrt(var + self.epsilon)).reshape(shape)
+        if self.affine:
+            x = x * self.scale[...] + self.bias[...]
+        return x.astype(dtype)
 
 
 class LinearHead(nnx.Module):
@@ -30,9 +68,44 @@ class LinearHead(nnx.Module):
     """
 
     def __init__(self, width: int, classes: int, *, batch_norm: bool, std: float, rngs: nnx.Rngs):
-        self.norm = BatchNorm(width) if batch_norm else None
+        self.norm = BatchNorm(width, affine=False, epsilon=1e-6) if batch_norm else None
         self.linear = nnx.Linear(width, classes, kernel_init=nnx.initializers.normal(std), rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = x.astype(jnp.float32)
         return self.linear(x if self.norm is None else self.norm(x, train=train))
+
+
+class MLPHead(nnx.Module):
+    """Linear, ReLU, ..., Linear: projectors and predictors of SimSiam and MoCo, (B, widths[0]) -> (B, widths[-1]).
+
+    Layers are fc1, fc2, ..., their normalisations bn1, bn2, .... A layer has a bias where no normalisation follows it,
+    but see `last_bias`.
+
+    Args:
+      widths: of the input, every hidden layer and the output.
+      norm: BatchNorm between a hidden layer and its ReLU.
+      last_norm: BatchNorm without scale and shift after the last layer.
+      last_bias: of the last layer where no normalisation follows it.
+      groups: see `BatchNorm`.
+    """
+
+    def __init__(self, widths: tuple[int, ...], *, norm: bool = True, last_norm: bool = False, last_bias: bool = True,
+                 groups: int = 1, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.depth, self.norm, self.last_norm = len(widths) - 1, norm, last_norm
+        for i, (rows, columns) in enumerate(zip(widths, widths[1:]), start=1):
+            last = i == self.depth
+            normed = last_norm if last else norm
+            bias = not normed and (last_bias or not last)
+            setattr(self, f'fc{i}', torch_linear(rows, columns, bias=bias, dtype=dtype, rngs=rngs))
+            if normed:
+                setattr(self, f'bn{i}', BatchNorm(columns, affine=not last, groups=groups))
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        for i in range(1, self.depth + 1):
+            last = i == self.depth
+            x = getattr(self, f'fc{i}')(x)
+            if self.last_norm if last else self.norm:
+                x = getattr(self, f'bn{i}')(x, train=train)
+            x = x if last else jax.nn.relu(x)
+        return x

@@ -1,5 +1,7 @@
 """Transformer parts shared by encoders and decoders, and patches <-> image."""
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,51 @@ from flax import nnx
 
 xavier = nnx.initializers.xavier_uniform()
 normal = nnx.initializers.normal(0.02)
+zeros = nnx.initializers.zeros
+
+
+def uniform(bound: float) -> Callable:
+    """An initialiser, uniform in +-bound."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def by_inputs(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """torch's default for a kernel (rows, columns): uniform in +-1 / sqrt(rows)."""
+    return uniform(shape[0] ** -0.5)(key, shape, dtype)
+
+
+def xavier_thirds(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Xavier-uniform of queries, keys and values each by itself: (rows, 3 * columns)."""
+    return uniform(math.sqrt(6 / (shape[0] + shape[1] // 3)))(key, shape, dtype)
+
+
+def cut_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Normal of deviation 0.02, cut at +-0.02."""
+    return 0.02 * jax.random.truncated_normal(key, -1, 1, shape, dtype)
+
+
+class Init(NamedTuple):
+    """Initialisers of a transformer. Kernels are (rows, columns); biases are 0 unless `biased`, then as torch's."""
+    kernel: Callable          # of linear layers
+    qkv: Callable             # of the fused projection (width, 3 * inner)
+    patch: Callable           # of the patch embedding (values, width)
+    token: Callable = normal  # class token, registers
+    position: Callable = normal
+    patch_biased: bool = False
+    biased: bool = False
+    shrink: bool = False      # kernels that end a residual branch of layer i (from 1) divided by sqrt(2 i)
+
+
+# The cut of DINO's and timm's truncated normal, +-2 for a deviation of 0.02, is never reached.
+INITS = {
+    'mae': Init(xavier, xavier, xavier, patch_biased=True),
+    'trunc_normal': Init(normal, normal, by_inputs, patch_biased=True),
+    'simmim': Init(cut_normal, cut_normal, cut_normal, token=cut_normal, position=cut_normal, shrink=True),
+    'mocov3': Init(xavier, xavier_thirds, xavier, token=nnx.initializers.normal(1e-6)),
+    'torch': Init(by_inputs, by_inputs, by_inputs, token=nnx.initializers.normal(1.0),
+                  position=nnx.initializers.normal(1.0), patch_biased=True, biased=True),
+}
+InitName = Literal['mae', 'trunc_normal', 'simmim', 'mocov3', 'torch']
 
 
 def patchify(image: jax.Array, patch: int) -> jax.Array:
@@ -28,10 +75,29 @@ def take_tokens(x: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, ids[..., None], axis=1)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of q, k, v (B, T, heads, head width), softmax in float32; by cuDNN's fused kernel where it can be."""
-    fused = cudnn_takes(q.dtype, q.shape[-1])
-    return jax.nn.dot_product_attention(q, k, v, implementation='cudnn' if fused else 'xla')
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Attention of q, k, v (B, T, heads, head width), softmax in float32; by cuDNN's fused kernel where it can be.
+
+    Args:
+      bias: (heads, T, T), added to the scaled products.
+    """
+    fused = bias is None and cudnn_takes(q.dtype, q.shape[-1])
+    bias = bias if bias is None else bias[None].astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias, implementation='cudnn' if fused else 'xla')
+
+
+def attention_with_dropout(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, rate: float,
+                           keys: jax.Array) -> jax.Array:
+    """As `attention`, with a share `rate` of the weights after the softmax set to 0 and the others scaled up.
+
+    Args:
+      keys: (B,), one per example.
+    """
+    products = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(products if bias is None else products + bias)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, weights.shape[1:]))(keys)
+    weights = jnp.where(kept, weights / (1 - rate), 0)
+    return jnp.einsum('bhqk,bkhd->bqhd', weights.astype(v.dtype), v)
 
 
 def cudnn_takes(dtype: Any, head_width: int) -> bool:
@@ -45,24 +111,22 @@ def cudnn_takes(dtype: Any, head_width: int) -> bool:
             and head_width % 8 == 0 and head_width <= 128)
 
 
-def layer_norm(width: int, dtype: Any, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with epsilon 1e-6; statistics are always float32, `dtype` is that of the result."""
+def layer_norm(width: int, dtype: Any, *, epsilon: float = 1e-6, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm; statistics are always float32, `dtype` is that of the result."""
     # The one-pass variance E[x^2] - E[x]^2 cancels on residual streams with a large mean.
-    return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
-    """Projection of patchified images (B, N, patch * patch * C), the same as a convolution with stride `patch`.
+    """Projection of patchified images (B, N, patch * patch * C), the same as a convolution with stride `patch`."""
 
-    Initialised as in MAE's code: kernel xavier-uniform as a (patch * patch * C, width) matrix, bias uniform
-    in +-1 / sqrt(patch * patch * C).
-    """
-
-    def __init__(self, channels: int, width: int, patch: int, dtype: Any, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, patch: int, dtype: Any, *, init: Init = INITS['mae'],
+                 rngs: nnx.Rngs):
         inputs = patch * patch * channels
-        kernel = xavier(rngs.params(), (inputs, width))
+        kernel = init.patch(rngs.params(), (inputs, width))
         self.kernel = nnx.Param(kernel.reshape(patch, patch, channels, width))
-        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (width,), minval=-1, maxval=1) * inputs ** -0.5)
+        bias = uniform(inputs ** -0.5) if init.patch_biased else zeros
+        self.bias = nnx.Param(bias(rngs.params(), (width,)))
         self.dtype = dtype
 
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -70,26 +134,52 @@ class PatchEmbed(nnx.Module):
         return patches.astype(self.dtype) @ kernel.reshape(-1, len(bias)) + bias
 
 
+def linear(rows: int, columns: int, kernel: Callable, init: Init, *, bias: bool = True, dtype: Any,
+           rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer that starts as `init` says, its kernel by `kernel`."""
+    return nnx.Linear(rows, columns, use_bias=bias, kernel_init=kernel, dtype=dtype, rngs=rngs,
+                      bias_init=uniform(rows ** -0.5) if init.biased else zeros)
+
+
 class Attention(nnx.Module):
-    """Multi-head self-attention with one fused projection whose columns are ordered q, k, v, each head by head."""
+    """Multi-head self-attention with one fused projection whose columns are ordered q, k, v, each head by head.
 
-    def __init__(self, width: int, heads: int, *, qkv_bias: bool, dtype: Any, rngs: nnx.Rngs):
-        self.qkv = nnx.Linear(width, 3 * width, use_bias=qkv_bias, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(width, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.heads = heads
+    Args:
+      qkv_bias: 'qv' for one of queries and values alone: softmax does not see that of the keys.
+      head_width: of one head; None: width / heads.
+      dropout: of the attention weights.
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, n, d = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads)
-        return self.proj(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(b, n, d))
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool | Literal['qv'], head_width: int | None = None,
+                 dropout: float = 0.0, init: Init = INITS['mae'], dtype: Any, rngs: nnx.Rngs):
+        inner = width if head_width is None else heads * head_width
+        self.qkv = linear(width, 3 * inner, init.qkv, init, bias=qkv_bias is True, dtype=dtype, rngs=rngs)
+        self.proj = linear(inner, width, init.kernel, init, dtype=dtype, rngs=rngs)
+        if qkv_bias == 'qv':
+            self.q_bias, self.v_bias = nnx.Param(jnp.zeros(inner)), nnx.Param(jnp.zeros(inner))
+        self.heads, self.split_bias, self.dropout = heads, qkv_bias == 'qv', dropout
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
+        """x: (B, T, D). bias: see `attention`. keys: (B,), without which nothing is dropped."""
+        b, n, _ = x.shape
+        qkv = self.qkv(x)
+        if self.split_bias:
+            q, v = self.q_bias[...], self.v_bias[...]
+            qkv += jnp.concatenate([q, jnp.zeros_like(q), v]).astype(qkv.dtype)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0)
+        if self.dropout and keys is not None:
+            out = attention_with_dropout(q, k, v, bias, self.dropout, keys)
+        else:
+            out = attention(q, k, v, bias)
+        return self.proj(out.reshape(b, n, -1))
 
 
 class MLP(nnx.Module):
     """Linear, exact (erf) GELU, Linear."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(width, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, init: Init = INITS['mae'], dtype: Any, rngs: nnx.Rngs):
+        self.fc1 = linear(width, hidden, init.kernel, init, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, width, init.kernel, init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
@@ -108,18 +198,21 @@ class LayerScale(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block (Dosovitskiy et al. 2021, arXiv:2010.11929, equations 2-3)."""
 
-    def __init__(self, width: int, heads: int, hidden: int, *, qkv_bias: bool = True, layer_scale: float | None = None,
-                 dtype: Any, rngs: nnx.Rngs):
-        self.norm1 = layer_norm(width, dtype, rngs=rngs)
-        self.attn = Attention(width, heads, qkv_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.norm2 = layer_norm(width, dtype, rngs=rngs)
-        self.mlp = MLP(width, hidden, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, heads: int, hidden: int, *, qkv_bias: bool | Literal['qv'] = True,
+                 head_width: int | None = None, attn_dropout: float = 0.0, layer_scale: float | None = None,
+                 norm_eps: float = 1e-6, init: Init = INITS['mae'], dtype: Any, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(width, dtype, epsilon=norm_eps, rngs=rngs)
+        self.attn = Attention(width, heads, qkv_bias=qkv_bias, head_width=head_width, dropout=attn_dropout, init=init,
+                              dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(width, dtype, epsilon=norm_eps, rngs=rngs)
+        self.mlp = MLP(width, hidden, init=init, dtype=dtype, rngs=rngs)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
-    def __call__(self, x: jax.Array, gains: jax.Array | None = None) -> jax.Array:
-        """x: (B, T, D). gains: (2, B) factors of the two residual branches, see `drop_path_gains`."""
-        attn = self.attn(self.norm1(x))
+    def __call__(self, x: jax.Array, gains: jax.Array | None = None, keys: jax.Array | None = None,
+                 bias: jax.Array | None = None) -> jax.Array:
+        """x: (B, T, D). gains: (2, B) factors of the residual branches, see `drop_path_gains`. Else as Attention."""
+        attn = self.attn(self.norm1(x), bias, keys)
         if self.ls1 is not None:
             attn = self.ls1(attn)
         x = x + (attn if gains is None else attn * gains[0, :, None, None].astype(attn.dtype))
@@ -129,31 +222,39 @@ class Block(nnx.Module):
         return x + (mlp if gains is None else mlp * gains[1, :, None, None].astype(mlp.dtype))
 
 
-def stack_blocks(depth: int, width: int, heads: int, hidden: int, *, rngs: nnx.Rngs, **options: Any) -> Block:
+def stack_blocks(depth: int, width: int, heads: int, hidden: int, *, init: Init = INITS['mae'], rngs: nnx.Rngs,
+                 **options: Any) -> Block:
     """`depth` blocks as one Block whose parameters carry a leading layer axis; run it with `run_blocks`."""
-    make = lambda key: Block(width, heads, hidden, rngs=nnx.Rngs(key), **options)
-    return jax.vmap(make)(jax.random.split(rngs.params(), depth))
+    make = lambda key: Block(width, heads, hidden, init=init, rngs=nnx.Rngs(key), **options)
+    blocks = jax.vmap(make)(jax.random.split(rngs.params(), depth))
+    if init.shrink:
+        factor = (2 * jnp.arange(1, depth + 1)[:, None, None]) ** -0.5
+        for last in (blocks.attn.proj, blocks.mlp.fc2):
+            last.kernel[...] = last.kernel[...] * factor
+    return blocks
 
 
-def run_blocks(blocks: Block, x: jax.Array, *, gains: jax.Array | None = None, remat: bool, unroll: int | bool,
-               every: bool = False) -> jax.Array:
+def run_blocks(blocks: Block, x: jax.Array, *, gains: jax.Array | None = None, keys: jax.Array | None = None,
+               bias: jax.Array | None = None, remat: bool, unroll: int | bool, every: bool = False) -> jax.Array:
     """Runs stacked blocks over the tokens x (B, T, D).
 
     Args:
       gains: (depth, 2, B) from `drop_path_gains`.
+      keys: (depth, B) for dropout in the attention.
+      bias: (heads, T, T), the same for every layer; see `attention`.
       remat: recompute each block in the backward pass instead of storing its activations.
       unroll: layers per loop iteration; True for no loop.
       every: return the stream after every block, (depth, B, T, D).
     """
-    def layer(x, block_and_gains):
-        block, gains = block_and_gains
-        x = block(x, gains)
+    def layer(x, block_and_noise):
+        block, gains, keys = block_and_noise
+        x = block(x, gains, keys, bias)
         return x, (x if every else None)
 
     if remat:
         # Inside a loop XLA cannot merge the recomputation with the forward pass; without a loop it would.
         layer = jax.checkpoint(layer, prevent_cse=unroll is True)
-    last, streams = jax.lax.scan(layer, x, (blocks, gains), unroll=unroll)
+    last, streams = jax.lax.scan(layer, x, (blocks, gains, keys), unroll=unroll)
     return streams if every else last
 
 

@@ -36,3 +36,14 @@ class Net:
     def stats_of(module: nnx.Module) -> dict:
         """The module's BN statistics as a plain dict."""
         return nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+
+def ema(average: Tree, current: Tree, momentum: float | jax.Array) -> Tree:
+    """momentum * average + (1 - momentum) * current, leaf by leaf of `average`; what else `current` holds is left out.
+
+    Raises:
+      KeyError: `current` lacks a leaf of `average`.
+    """
+    if isinstance(average, dict):
+        return {name: ema(value, current[name], momentum) for name, value in average.items()}
+    return momentum * average + (1 - momentum) * current

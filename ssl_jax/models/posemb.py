@@ -9,7 +9,7 @@ import numpy as np
 Rule = Literal['torch', 'antialias', 'dino']
 
 
-def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
+def sincos_2d(width: int, grid: tuple[int, int], *, rows_first: bool = False) -> np.ndarray:
     """Fixed 2-D sine-cosine table of MAE (He et al. 2022, arXiv:2111.06377, appendix A.1; layout of its code).
 
     The first half of the channels encodes the column, the second the row; each half is [sin(p w_k), cos(p w_k)]
@@ -18,13 +18,33 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
     Args:
       width: channels, a multiple of 4.
       grid: (rows, columns).
+      rows_first: the first half encodes the row, as in MoCo v3's code (arXiv:2104.02057).
     Returns:
       (rows * columns, width) float64, row by row.
     """
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing='ij')
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    angles = [p.reshape(-1, 1) * omega for p in (columns, rows)]
+    angles = [p.reshape(-1, 1) * omega for p in ((rows, columns) if rows_first else (columns, rows))]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+
+
+def relative_index(grid: tuple[int, int]) -> np.ndarray:
+    """Row of the table of relative positions for every pair of tokens, class token first (Bao et al. 2022, BEiT).
+
+    Args:
+      grid: (h, w).
+    Returns:
+      (1 + h * w, 1 + h * w) int, [query, key]. The rows are (2h - 1)(2w - 1) offsets, then class token to patch,
+      patch to class token, class token to itself.
+    """
+    h, w = grid
+    place = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing='ij')).reshape(2, -1)
+    rows, columns = place[:, :, None] - place[:, None, :] + np.asarray([h - 1, w - 1])[:, None, None]
+    index = np.zeros((1 + h * w, 1 + h * w), int)
+    offsets = (2 * h - 1) * (2 * w - 1)
+    index[1:, 1:] = rows * (2 * w - 1) + columns
+    index[0], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    return index
 
 
 def resize(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], rule: Rule) -> jax.Array:
