@@ -17,7 +17,7 @@ ROWS = 128   # examples that `effective_rank` looks at
 LIMITS = {
     'feature_std': ((0.05, math.inf), 'the features of different images are the same'),
     'rank': ((2.0, math.inf), 'the features lie on a line'),
-    'teacher_entropy': ((0.0, 0.999), 'the teacher gives every prototype the same weight'),
+    'teacher_entropy': ((-math.inf, 0.999), 'the teacher gives every prototype the same weight'),
     'prototype_entropy': ((0.05, math.inf), 'all images fall on one prototype'),
 }
 
@@ -104,8 +104,11 @@ class Health:
             value = values.get(f'health/{name}')
             if value is None or _low(low) <= value <= _high(high):
                 continue
-            bound = f'below {low:g}' if not value >= _low(low) else f'above {high:g}'
-            found.append(f'{name} {value:.3g} is {bound}: {meaning}')
+            if math.isnan(value):
+                found.append(f'{name} is not a number')
+            else:
+                bound = f'below {low:g}' if value < _low(low) else f'above {high:g}'
+                found.append(f'{name} {value:.3g} is {bound}: {meaning}')
         return found
 
 

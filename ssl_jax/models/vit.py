@@ -97,7 +97,7 @@ class ViT(nnx.Module):
             self.pos_embed = nnx.Param(initial.position(rngs.params(), (1, class_token + tokens, width)))
         elif pos == 'relative':
             offsets = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3
-            self.rel_pos_bias = nnx.Param(jnp.zeros((offsets, heads)))
+            self.rel_pos_table = nnx.Param(jnp.zeros((offsets, heads)))
         if registers:
             self.registers = nnx.Param(initial.token(rngs.params(), (1, registers, width)))
         self.blocks = layers.stack_blocks(depth, width, heads, round(shape['mlp_ratio'] * width),
@@ -132,7 +132,7 @@ class ViT(nnx.Module):
             return None
         index = posemb.relative_index(self.grid)
         index = index if self.class_token else index[1:, 1:]
-        return jnp.moveaxis(self.rel_pos_bias[...][index], -1, 0)
+        return jnp.moveaxis(self.rel_pos_table[...][index], -1, 0)
 
     def embed(self, image: jax.Array, keep: jax.Array | None = None, mask: jax.Array | None = None,
               mask_token: jax.Array | None = None) -> jax.Array:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssl_jax import config, losses, masking
+from ssl_jax import config, losses, masking, monitors, targets
 from ssl_jax.errors import UserError
 from ssl_jax.models.decoders import MAEDecoder
-from ssl_jax.models.layers import patchify, unpatchify
+from ssl_jax.models.layers import unpatchify
 from ssl_jax.models.net import Net
 from ssl_jax.step import Batch, Metrics, Tree, example_keys
 
@@ -58,8 +58,9 @@ class MAE:
         net = self.net.bind(params)
         keys = jax.vmap(jax.random.split)(example_keys(key, batch['position']))
         noise = masking.uniform_noise(keys[:, 0], net.patches)
-        loss = self.reconstruct(net, batch, noise, key=keys[:, 1], train=True)['loss']
-        return loss, (aux, {'loss': loss})
+        out = self.reconstruct(net, batch, noise, key=keys[:, 1], train=True)
+        health = monitors.of_features(out['latent'][:, net.encoder.prefix:].mean(1))
+        return out['loss'], (aux, {'loss': out['loss']} | health)
 
     def update_aux(self, params: Tree, aux: Tree, *, step: jax.Array) -> Tree:
         """No aux."""
@@ -76,7 +77,7 @@ class MAE:
         noise = masking.uniform_noise(example_keys(jax.random.key(0), batch['index']), net.patches)
         out = self.reconstruct(net, batch, noise)
         recon = out['pred'] * out['std'] + out['mean']
-        return net.encoder.features(fill_invalid(batch)) | {
+        return net.encoder.features(targets.fill_invalid(batch)) | {
             'recon': unpatchify(recon, net.encoder.grid, net.encoder.patch), 'mask': out['mask'].astype(jnp.float32)}
 
     def reconstruct(self, net: 'MAENet', batch: Batch, noise: jax.Array, *, key: jax.Array | None = None,
@@ -90,18 +91,17 @@ class MAE:
           'pred' and 'target' (B, N, P), 'mean' and 'std' by which the target was normalised ((B, N, 1); scalars 0
           and 1 without norm_pix_loss), 'mask' and 'restore' (B, N), 'latent' (B, prefix + K, D), 'loss'.
         """
-        image, patch = fill_invalid(batch), net.encoder.patch
         keep, restore, mask = masking.random_keep(noise, self.mask_ratio)
-        latent = net.encoder(image, keep=keep, key=key, train=train)
+        latent = net.encoder(targets.fill_invalid(batch), keep=keep, key=key, train=train)
         pred = net.decoder(latent[:, :1], latent[:, net.encoder.prefix:], restore)
-        target, valid = patchify(image.astype(jnp.float32), patch), None
-        if 'valid' in batch:
-            valid = patchify(jnp.broadcast_to(batch['valid'], image.shape), patch)
-        mean, std = patch_statistics(target, valid) if self.norm_pix_loss else (jnp.float32(0), jnp.float32(1))
+        target, valid = targets.pixel_targets(batch, net.encoder.patch)
+        mean, std = jnp.float32(0), jnp.float32(1)
+        if self.norm_pix_loss:
+            mean, std = targets.patch_statistics(target, valid)
         target = (target - mean) / std
         weights = None
         if self.channel_weights is not None:
-            weights = jnp.tile(jnp.asarray(self.channel_weights, jnp.float32), patch ** 2)
+            weights = jnp.tile(jnp.asarray(self.channel_weights, jnp.float32), net.encoder.patch ** 2)
         return dict(pred=pred, target=target, mean=mean, std=std, mask=mask, restore=restore, latent=latent,
                     loss=losses.patch_mse(pred, target, mask, valid, weights))
 
@@ -113,27 +113,17 @@ class MAENet(nnx.Module):
         o = objective
         self.encoder = config.resolve('models', o.encoder, where='objective.encoder', image_size=o.image_size,
                                       channels=o.channels, dtype=o.dtype)(rngs=rngs)
+        if not hasattr(self.encoder, 'patch'):
+            raise UserError(f"config.objective.encoder.name={o.encoder['name']!r}: expected a model of patches ('vit')")
         self.patches = self.encoder.grid[0] * self.encoder.grid[1]
+        if not self.encoder.class_token:
+            raise UserError('config.objective.encoder.class_token=False: expected True, the decoder reads it')
         if not 0 < int(self.patches * (1 - o.mask_ratio)) < self.patches:
             raise UserError(f'config.objective.mask_ratio={o.mask_ratio}: expected some of the {self.patches} patches '
                             'visible and some hidden')
         self.decoder = config.bind(MAEDecoder, o.decoder, where='objective.decoder', encoder_width=self.encoder.width,
                                    grid=self.encoder.grid, values=self.encoder.patch ** 2 * o.channels,
                                    dtype=o.dtype)(rngs=rngs)
-
-
-def fill_invalid(batch: Batch) -> jax.Array:
-    """The image with 0 (the mean) where pixels are missing."""
-    return jnp.where(batch['valid'], batch['image'], 0) if 'valid' in batch else batch['image']
-
-
-def patch_statistics(patches: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation sqrt(unbiased variance + 1e-6) of each patch's valid values: (B, N, P) -> (B, N, 1) twice."""
-    valid = jnp.ones(patches.shape, bool) if valid is None else valid
-    count = valid.sum(-1, keepdims=True)
-    mean = jnp.where(valid, patches, 0).sum(-1, keepdims=True) / jnp.maximum(count, 1)
-    squares = jnp.where(valid, jnp.square(patches - mean), 0).sum(-1, keepdims=True)
-    return mean, jnp.sqrt(squares / jnp.maximum(count - 1, 1) + 1e-6)
 
 
 build = MAE
