@@ -143,12 +143,13 @@ def find(path: str) -> pathlib.Path:
 
 
 def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
-    """`state` with its encoder replaced by another run's.
+    """`state` with its encoder replaced by another run's, running statistics of its normalisation included.
 
     Args:
       state: concrete arrays, whose shardings and dtypes the grafted leaves take.
-      init_from: a run or checkpoint folder; or dict(path=, source=, target=) where the subtrees are not the usual ones
-        ('params/encoder' or else 'aux/encoder', on both sides).
+      init_from: a run or checkpoint folder; or dict(path=, source=, target=) where the subtrees are not the usual ones,
+        the encoder's: 'params/encoder' together with what of it is frozen, 'aux/encoder'. The statistics that belong to
+        'params/encoder' are 'aux/stats/encoder', those of 'aux/teacher/encoder' are 'aux/teacher_stats/encoder'.
     Raises:
       UserError: no such subtree, or a path of it that is missing, left over or of another shape.
     """
@@ -158,37 +159,37 @@ def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
         raise UserError(f'config.init_from={init_from!r}: expected a folder or dict(path=, source=, target=)')
     folder = find(spec['path']) / 'state'
     saved, own = flatten(_metadata(folder)), flatten(state)
-    source = _subtree(saved, spec, 'source', f'{folder}')
-    target = _subtree(own, spec, 'target', 'this run')
-    wanted = {p.removeprefix(target + '/'): x for p, x in own.items() if p.startswith(target + '/')}
-    there = {p.removeprefix(source + '/'): x for p, x in saved.items() if p.startswith(source + '/')}
-    difference = _difference(there, wanted)
+    source, there = _subtree(saved, spec, 'source', f'{folder}')
+    target, wanted = _subtree(own, spec, 'target', 'this run')
+    difference = _difference({k: saved[p] for k, p in there.items()}, {k: own[p] for k, p in wanted.items()})
     if difference:
         raise UserError(f'config.init_from={spec["path"]!r}: {source} does not fit {target}: {difference}')
 
     item: dict = {}
-    for path, leaf in wanted.items():
-        *parents, name = f'{source}/{path}'.split('/')
+    for name, path in wanted.items():
+        *parents, last = there[name].split('/')
         node = item
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        node[last] = jax.ShapeDtypeStruct(own[path].shape, own[path].dtype, sharding=own[path].sharding)
     with _named(folder), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
-        grafted = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(
+        restored = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)))
-
-    def replace(path, leaf):
-        name = path_name(path)
-        return grafted[source + name.removeprefix(target)] if name.startswith(target + '/') else leaf
-
-    return jax.tree.map_with_path(replace, state)
+    grafted = {path: restored[there[name]] for name, path in wanted.items()}
+    return jax.tree.map_with_path(lambda path, leaf: grafted.get(path_name(path), leaf), state)
 
 
-def _subtree(paths: Mapping[str, Any], spec: Mapping[str, str], side: str, owner: str) -> str:
-    """The path of the encoder among `paths`: as `spec` says, else where it usually is."""
+def _subtree(paths: Mapping[str, Any], spec: Mapping[str, str], side: str, owner: str) -> tuple[str, dict[str, str]]:
+    """The subtree as `spec` says, else the encoder: its name, and the full path of each of its leaves by name within.
+
+    Names of running statistics begin with 'stats/'.
+    """
     usual = [spec[side].strip('/')] if side in spec else ['params/encoder', 'aux/encoder']
-    for prefix in usual:
-        if any(p.startswith(prefix + '/') for p in paths):
-            return prefix
-    raise UserError(f'config.init_from: {owner} has no {" or ".join(usual)}')
-
+    found = [prefix for prefix in usual if any(p.startswith(prefix + '/') for p in paths)]
+    if not found:
+        raise UserError(f'config.init_from: {owner} has no {" or ".join(usual)}')
+    above, _, part = found[0].rpartition('/')
+    stats = f'{"aux/stats" if above in ("params", "aux") else above + "_stats"}/{part}'
+    leaves = {p.removeprefix(prefix + '/'): p for prefix in found for p in paths if p.startswith(prefix + '/')}
+    leaves |= {f'stats/{p.removeprefix(stats + "/")}': p for p in paths if p.startswith(stats + '/')}
+    return ' with '.join(found), leaves

@@ -38,18 +38,32 @@ def multistep(value: float, *, milestones: Sequence[int], gamma: float) -> Sched
     return lambda step: value * gamma ** sum(step >= m for m in milestones)
 
 
-def warm_up(schedule: Schedule, *, first: float, steps: int) -> Schedule:
-    """From `first` at step 0 along a line to what `schedule` gives at step `steps`; from there on `schedule`."""
+def warm_up(schedule: Schedule, *, first: float, steps: int, early: int = 0, peak: float | None = None) -> Schedule:
+    """From `first` at step 0 along a line to `peak` at step `steps`; from there on `schedule`.
+
+    Args:
+      early: the line ends so many steps before, and its end is held. 1 makes the peak the last value of the warm-up, as
+        numpy.linspace does (learning rate of DINO); with one epoch, in `each_epoch`, that of its last epoch
+        (teacher temperature of DINO).
+      peak: None: what `schedule` gives at step `steps`.
+    """
     if steps == 0:
         return schedule
-    peak = schedule(steps)
+    peak = schedule(steps) if peak is None else peak
 
     def value(step):
-        rise = first + (peak - first) * (step / steps)
+        rise = first + (peak - first) * _progress(step, 0, steps - early)
         if isinstance(step, jax.Array):
             return jnp.where(step < steps, rise, schedule(step))
         return rise if step < steps else schedule(step)
     return value
+
+
+def delayed(schedule: Schedule, *, steps: int) -> Schedule:
+    """`schedule` as it stood `steps` before; at first its value at step 0."""
+    if steps == 0:
+        return schedule
+    return lambda step: schedule((jnp.maximum if isinstance(step, jax.Array) else max)(step - steps, 0))
 
 
 def each_epoch(schedule: Schedule, *, steps_per_epoch: int) -> Schedule:

@@ -96,7 +96,7 @@ def test_a_frozen_encoder_is_out_of_reach_of_the_optimiser():
     (loss, (after, metrics)), grads = step(params, aux, batch(), key=KEY)
     assert np.isfinite(loss) and set(metrics) == {'loss', 'accuracy'}
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(aux['encoder']), jax.tree.leaves(after['encoder'])))
-    assert not np.array_equal(aux['stats']['norm']['mean'], after['stats']['norm']['mean'])
+    assert not np.array_equal(aux['stats']['head']['norm']['mean'], after['stats']['head']['norm']['mean'])
     assert all(np.any(g) for g in jax.tree.leaves(grads))
     # No drop-path in a frozen encoder: the loss does not depend on the key.
     (other, _), _ = step(params, aux, batch(), key=jax.random.key(1))
@@ -107,6 +107,23 @@ def test_fine_tuning_with_batch_norm_keeps_statistics():
     params, aux = jax.eval_shape(make(batch_norm=True).init, KEY)
     assert set(params) == {'head', 'encoder'} and set(aux) == {'stats'}
     assert jax.eval_shape(make(frozen=True, batch_norm=False).init, KEY)[1].keys() == {'encoder'}
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_residual_network(frozen):
+    """Trained, it normalises by the batch and keeps count; frozen, by what it kept, which stays."""
+    objective = make(encoder=dict(name='resnet', depth=18, stem='small', width=4), frozen=frozen, head_std=0.1)
+    params, aux = fresh(objective)
+    assert set(aux['stats']) == ({'encoder', 'head'} if frozen else {'encoder'})
+    (loss, (after, _)), grads = loss_and_grad(objective)(params, aux, batch(), key=KEY)
+    assert np.isfinite(loss) and np.any(grads['head']['linear']['kernel'])
+    assert frozen or np.any(grads['encoder']['conv1']['kernel'])
+    assert jax.tree.structure(after) == jax.tree.structure(aux)
+    same = np.array_equal(after['stats']['encoder']['bn1']['mean'], aux['stats']['encoder']['bn1']['mean'])
+    assert same == frozen
+    moved = aux | {'stats': aux['stats'] | {'encoder': jax.tree.map(lambda x: x + 1, aux['stats']['encoder'])}}
+    logits = [jax.jit(objective.predict)(params, a, batch())['logits'] for a in (aux, moved)]
+    assert logits[0].shape == (6, 3) and not np.allclose(*logits)
 
 
 def test_initial_head():

@@ -81,6 +81,35 @@ def test_step_schedule_counts_milestones_from_the_start_of_the_run():
     assert [lr(optim, i) for i in (0, 2, 4, 29, 30, 49, 50, 99)] == [0, 0.5, 1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
+def test_inclusive_warm_up_equals_reference():
+    """Four steps of DINO, warm-up of two; and the plan of dino_schedules."""
+    optim = Optim(name='adamw', lr=5e-4, end_lr=1e-6, warmup='3ep', warmup_inclusive=True)
+    golden = golden_weights.load('dino_schedules.npz')['case0']
+    got = [lr(optim, i, steps_per_epoch=7, total_steps=70) for i in range(70)]
+    np.testing.assert_allclose(got, golden, rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize('schedule', ['step', 'cosine'])
+def test_lagging_schedule_equals_reference(schedule):
+    """SimMIM's scheduler, called with the index of the step just done."""
+    train, golden = golden_weights.settings('simmim')['train'], golden_weights.load('simmim_train.npz')
+    shape = dict(steps_per_epoch=7, total_steps=7 * train['epochs'])
+    optim = dict(name='adamw', lr=train['base_lr'], warmup=f'{train["warmup_epochs"]}ep', warmup_lr=train['warmup_lr'],
+                 schedule=schedule, lag=1)
+    if schedule == 'step':
+        key = 'schedule_7_steps_per_epoch'
+        optim |= dict(milestones=tuple(f'{m}ep' for m in train['multisteps']), gamma=train['gamma'])
+    else:
+        key, optim = 'cosine_schedule_7_steps_per_epoch', optim | dict(decay_from='start', end_lr=1e-6)
+    got = [lr(Optim(**optim), i, **shape) for i in range(35)]
+    np.testing.assert_allclose(got, golden[key], rtol=1e-12)
+
+
+def test_linear_decay_from_the_start():
+    optim = Optim(name='sgd', lr=1.0, schedule='linear', decay_from='start', warmup=20)
+    assert [lr(optim, i) for i in (0, 10, 20, 60, 100)] == pytest.approx([0, 0.5, 0.8, 0.4, 0])
+
+
 def test_constant_schedule():
     assert [lr(Optim(name='sgd', lr=0.3, schedule='constant'), i) for i in (0, 50, 100)] == [0.3] * 3
 
@@ -123,6 +152,63 @@ def test_adamw_equals_formula(rng, steps):
             p = p * (1 - plan['lr'](t) * wd)
             p = p - plan['lr'](t) / (1 - 0.8 ** (t + 1)) * m / (np.sqrt(v / (1 - 0.9 ** (t + 1))) + 1e-2)
         np.testing.assert_allclose(flat(got)[name], p, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd', 'lars'])
+def test_frozen_parameters_start_when_they_thaw(rng, steps, name):
+    """As if the run had begun at the thaw, with the rate and decay of that step; the others as ever."""
+    base = dict(name=name, lr=0.1, warmup=2, weight_decay=0.1, weight_decay_end=0.5, clip_per_tensor=2.0)
+    start, thaw = tree(rng), 2
+    optim = Optim(**base, freeze={'^head/': '1ep'}, **({'eps': 0.0} if name == 'adamw' else {}))
+    arguments = dict(steps_per_epoch=thaw, total_steps=4)
+    tx, plan = optim.make(start, **RUN | arguments)
+    update, state, params = jax.jit(tx.update), tx.init(start), start
+    for i, g in enumerate(steps):
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        frozen = [np.array_equal(params['head'][k], start['head'][k]) for k in start['head']]
+        assert frozen == [i < thaw] * 2
+    others, _, _ = run(Optim(**base, **({'eps': 0.0} if name == 'adamw' else {})), start, steps, **arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), params['encoder'], others['encoder'])
+
+    for key, decays in (('kernel', True), ('bias', False)):
+        p, m, v = np.asarray(start['head'][key], np.float64), 0.0, 0.0
+        for t in range(thaw, 4):
+            g = np.asarray(steps[t]['head'][key], np.float64)
+            g, wd = g * min(2 / (np.linalg.norm(g) + 1e-6), 1), plan['weight_decay'](t) * decays
+            if name == 'adamw':
+                n = t - thaw + 1
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
+                p = p - plan['lr'](t) * (m / (1 - 0.9 ** n) / np.sqrt(v / (1 - 0.999 ** n)) + wd * p)
+            else:
+                d = g + wd * p
+                if name == 'lars' and p.ndim > 1:
+                    d = d * 0.001 * np.linalg.norm(p) / np.linalg.norm(d)
+                m = 0.9 * m + d
+                p = p - plan['lr'](t) * m
+        np.testing.assert_allclose(params['head'][key], p, atol=2e-6, err_msg=key)
+
+
+def test_longest_freeze_counts_and_may_outlast_the_run(rng, steps):
+    optim = Optim(name='adamw', lr=0.1, weight_decay=0.1, freeze={'head': 1, 'bias$': '100%'})
+    start = tree(rng)
+    got, _, _ = run(optim, start, steps, total_steps=4)
+    still = {k for k, v in flat(got).items() if np.array_equal(v, flat(start)[k])}
+    assert still == {k for k in flat(start) if k.endswith('bias')}
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd'])
+def test_constant_rate(rng, steps, name):
+    """The head moves as under a constant schedule, all else as under the cosine."""
+    optim = dict(name=name, lr=0.1, weight_decay=0.1, lr_reference_batch=128)
+    start = tree(rng)
+    got, _, plan = run(Optim(**optim, warmup=2, constant_lr=('^head/',)), start, steps, total_steps=4)
+    constant, _, _ = run(Optim(**optim, schedule='constant'), start, steps, total_steps=4)
+    cosine, _, _ = run(Optim(**optim, warmup=2), start, steps, total_steps=4)
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(same, got['head'], constant['head'])
+    jax.tree.map(same, got['encoder'], cosine['encoder'])
+    assert plan['lr'](0) == 0
 
 
 @pytest.mark.parametrize('nesterov', [False, True])
@@ -294,6 +380,11 @@ def test_groups(rng):
     assert sum(layered.values()) == count
     assert layered['lr x 0.25, weight decay'] == 8 * 16
     assert layered['lr x 0.25, no weight decay'] == 8 + 8 + 16 + 8
+    special = dict(Optim(name='sgd', lr=0.1, weight_decay=0.1, constant_lr=('^mask_token',), freeze={'^head/k': '2ep'}
+                         ).groups(params))
+    assert special['lr x 1, weight decay, frozen until 2ep'] == 8 * 4
+    assert special['constant lr x 1, weight decay'] == 8
+    assert sum(special.values()) == count
 
 
 # ------------------------------------------------------------------------------------------------- state
@@ -338,6 +429,10 @@ def test_path_name():
     (dict(weight_decay_end=-0.1), 'weight_decay_end=-0.1'), (dict(layer_decay=1.5), 'layer_decay=1.5'),
     (dict(clip_norm=0.0), 'clip_norm=0.0'), (dict(clip_per_tensor=-1.0), 'clip_per_tensor=-1.0'),
     (dict(no_decay=('(',)), r"no_decay=\('\(',\): expected regular expressions"),
+    (dict(constant_lr=('(',)), r"constant_lr=\('\(',\): expected regular expressions"),
+    (dict(freeze={'(': 1}), r"freeze={'\(': 1}: expected regular expressions"),
+    (dict(lag=-1), 'lag=-1: expected a number'),
+    (dict(schedule='constant', decay_from='start'), "decay_from='start' has no effect with schedule='constant'"),
     (dict(name='sgd', betas=(0.9, 0.95)), r"betas=\(0.9, 0.95\) has no effect with name='sgd'"),
     (dict(momentum=0.8), "momentum=0.8 has no effect with name='adamw': expected name to be 'sgd' or 'lars'"),
     (dict(name='sgd', momentum=1.0), 'momentum=1.0: expected'),
@@ -357,6 +452,9 @@ def test_bad_values(wrong, message):
     (dict(schedule='step', milestones=('5ep', '3ep')), r"milestones=\('5ep', '3ep'\): expected ascending"),
     (dict(schedule='step', milestones=('5ep', 50)), 'expected ascending'),
     (dict(schedule='step', milestones=('x',)), "milestones='x'"),
+    (dict(freeze={'head': 'x'}), "config.optim.freeze.head='x': expected"),
+    (dict(freeze={'last_layer': 1}), "freeze: 'last_layer' is found in no parameter path, .* such as 'head/kernel'"),
+    (dict(constant_lr=('predictor',)), "constant_lr: 'predictor' is found in no parameter path"),
     (dict(layer_decay=0.5), 'layer_decay=0.5: expected trainable blocks of one encoder, found none')])
 def test_bad_durations_and_parameters(wrong, message):
     with pytest.raises(UserError, match=message):

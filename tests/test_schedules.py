@@ -50,6 +50,47 @@ def test_each_epoch_holds_the_value_of_the_first_step():
     np.testing.assert_allclose(values(schedule, 11), [0.0] * 5 + [0.5] * 5 + [1.0])
 
 
+def test_early_warm_up_holds_its_end():
+    schedule = schedules.warm_up(schedules.linear(2.0, 0.0, begin=4, end=6), first=0.0, steps=4, early=2)
+    np.testing.assert_allclose(values(schedule, 7), [0, 1, 2, 2, 2, 1, 0])
+
+
+def test_warm_up_of_one_step_starts_at_first():
+    assert values(schedules.warm_up(schedules.constant(2.0), first=0.5, steps=1, early=1), 2) == [0.5, 2.0]
+
+
+def test_warm_up_to_a_peak_above_the_schedule():
+    schedule = schedules.warm_up(schedules.linear(4.0, 0.0, end=4), first=0.0, steps=2, peak=4.0)
+    np.testing.assert_allclose(values(schedule, 5), [0, 2, 2, 1, 0])
+
+
+def test_delayed():
+    schedule = schedules.multistep(1.0, milestones=(2,), gamma=0.5)
+    assert values(schedules.delayed(schedule, steps=2), 6) == [1, 1, 1, 1, 0.5, 0.5]
+    assert schedules.delayed(schedule, steps=0) is schedule
+
+
+@pytest.mark.parametrize('case', [0, 3, 4])
+def test_inclusive_warm_up_equals_reference(case):
+    """Learning rate of DINO: the warm-up is numpy.linspace, end point included."""
+    golden = golden_weights.load('dino_schedules.npz')
+    args = json.loads(str(golden[f'case{case}_args']))
+    total, warmup = (args[k] * args['niter_per_ep'] for k in ('epochs', 'warmup_epochs'))
+    after = schedules.cosine(args['base_value'], args['final_value'], begin=warmup, end=total)
+    schedule = schedules.warm_up(after, first=args.get('start_warmup_value', 0), steps=warmup, early=1)
+    np.testing.assert_allclose(values(schedule, total), golden[f'case{case}'], rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize('case', [0, 1, 2])
+def test_teacher_temperature_equals_reference(case):
+    golden = golden_weights.load('dino_schedules.npz')
+    args = json.loads(str(golden[f'teacher_temp{case}_args']))
+    rise = schedules.warm_up(schedules.constant(args['teacher_temp']), first=args['warmup_teacher_temp'],
+                             steps=args['warmup_teacher_temp_epochs'] * 5, early=5)
+    got = values(schedules.each_epoch(rise, steps_per_epoch=5), args['nepochs'] * 5)
+    np.testing.assert_allclose(got, np.repeat(golden[f'teacher_temp{case}'], 5), rtol=1e-12)
+
+
 @pytest.mark.parametrize('case', [1, 2])
 def test_cosine_equals_reference(case):
     """Weight decay and teacher momentum of DINO."""
@@ -57,7 +98,7 @@ def test_cosine_equals_reference(case):
     args = json.loads(str(golden[f'case{case}_args']))
     total = args['epochs'] * args['niter_per_ep']
     schedule = schedules.cosine(args['base_value'], args['final_value'], end=total)
-    np.testing.assert_allclose(values(schedule, total), golden[f'case{case}'], rtol=1e-6)
+    np.testing.assert_allclose(values(schedule, total), golden[f'case{case}'], rtol=1e-12)
 
 
 SCHEDULES = {
@@ -66,6 +107,8 @@ SCHEDULES = {
     'cosine': schedules.cosine(1.0, 0.1, begin=3, end=40),
     'multistep': schedules.multistep(1.0, milestones=(3, 20), gamma=0.3),
     'warm_up': schedules.warm_up(schedules.cosine(1.0, 0.1, begin=7, end=40), first=0.2, steps=7),
+    'early': schedules.warm_up(schedules.cosine(1.0, 0.1, begin=7, end=40), first=0.2, steps=7, early=3, peak=2.0),
+    'delayed': schedules.delayed(schedules.cosine(1.0, 0.1, end=40), steps=3),
     'each_epoch': schedules.each_epoch(schedules.cosine(1.0, 0.0, begin=7, end=40), steps_per_epoch=3),
 }
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from golden_weights import assert_golden
 
-from ssl_jax import losses
+from ssl_jax import losses, schedules
 from ssl_jax.models.heads import LinearHead
 from ssl_jax.models.net import Net
 from ssl_jax.objectives.classify import Classify
 from ssl_jax.objectives.mae import MAE
+from ssl_jax.objectives.mocov3 import MoCoV3
+from ssl_jax.objectives.simmim import SimMIM
 from ssl_jax.optim import Optim
 from ssl_jax.step import TrainState, make_train_step
 
@@ -33,6 +35,14 @@ class MAEWithNoise(MAE):
         return loss, (aux, {'loss': loss})
 
 
+class SimMIMWithMask(SimMIM):
+    """Masks as the batch says."""
+
+    def loss(self, params, aux, batch, *, step, key):
+        loss = self.reconstruct(self.net.bind(params), batch, batch['mask'], train=True)['loss']
+        return loss, (aux, {'loss': loss})
+
+
 class Probe:
     """Features straight into the head of a linear probe."""
     net = Net(lambda rngs: LinearHead(24, 5, batch_norm=True, std=0.01, rngs=rngs))
@@ -48,6 +58,12 @@ class Probe:
 
 def trajectory(objective, optim, params, aux, batches, *, batch, steps_per_epoch):
     """Losses before and states after every update, and the schedules."""
+    metrics, states, plan = steps(objective, optim, params, aux, batches, batch=batch, steps_per_epoch=steps_per_epoch)
+    return np.array([m['loss'] for m in metrics]), states, plan
+
+
+def steps(objective, optim, params, aux, batches, *, batch, steps_per_epoch):
+    """As `trajectory`, with all metrics."""
     tx, plan = optim.make(params, batch=batch, steps_per_epoch=steps_per_epoch, total_steps=len(batches))
     step = jax.jit(make_train_step(objective, Unchanged(), tx))
     params = jax.tree.map(jnp.asarray, params)
@@ -56,8 +72,8 @@ def trajectory(objective, optim, params, aux, batches, *, batch, steps_per_epoch
     for rows in batches:
         state, metrics = step(state, {k: jnp.asarray(v) for k, v in rows.items()}, key)
         states.append(state)
-        values.append(metrics['loss'])
-    return np.array(values), states, plan
+        values.append(metrics)
+    return values, states, plan
 
 
 def batches_of(**arrays):
@@ -111,6 +127,25 @@ def test_mae_fine_tuning():
                                                 for k, v in final.items()})
 
 
+def test_simmim():
+    golden, settings = golden_weights.load('simmim_train.npz'), golden_weights.settings('simmim')
+    train, size = settings['train'], settings['img_size']
+    encoder = ENCODER | dict(pos='relative', qkv_bias='qv', layer_scale=settings['init_values'])
+    objective = SimMIMWithMask(encoder=encoder, mask_unit=settings['mask_unit'], image_size=(size, size), channels=3)
+    optim = Optim(name='adamw', lr=train['base_lr'], schedule='step', gamma=train['gamma'], lag=1,
+                  milestones=tuple(f'{m}ep' for m in train['multisteps']), warmup=f'{train["warmup_epochs"]}ep',
+                  warmup_lr=train['warmup_lr'], weight_decay=train['weight_decay'], clip_norm=train['clip_grad'],
+                  no_decay=('bias$', 'scale$', 'gamma$', 'cls_token$'))
+    params = golden_weights.simmim_to_tree(golden_weights.load('simmim.safetensors'))
+    batches = batches_of(image=golden['x'].transpose(0, 1, 3, 4, 2), mask=golden['mask'].reshape(5, 4, -1) > 0)
+    got, states, plan = steps(objective, optim, params, {}, batches, batch=train['batch_size'],
+                              steps_per_epoch=train['steps_per_epoch'])
+    np.testing.assert_allclose([plan['lr'](i) for i in range(len(got))], golden['lrs'], rtol=1e-12, atol=1e-15)
+    assert_golden('simmim_train', 'losses', [m['loss'] for m in got], golden['losses'])
+    assert_golden('simmim_train', 'grad_norms', [m['grad_norm'] for m in got], golden['grad_norms'])
+    assert_final('simmim_train', golden, golden_weights.tree_to_simmim(states[-1].params))
+
+
 @pytest.mark.parametrize('case', ['wd0', 'wd'])
 def test_lars_linear_probe(case):
     golden = {k.removeprefix(f'{case}/'): v for k, v in golden_weights.load('lars.npz').items()
@@ -136,3 +171,26 @@ def test_lars_linear_probe(case):
     check('grad_bias', np.stack([g['bias'] for g in gradients]))
     head = objective.net.bind(states[-1].params, states[-1].aux)
     check('eval_logits', head(jnp.asarray(golden['eval_x']), train=False))
+
+
+def test_mocov3():
+    golden, settings = golden_weights.load('mocov3_train.npz'), golden_weights.settings('mocov3')
+    train, hidden, weights = settings['train'], settings['mlp_dim'], golden_weights.load('mocov3.safetensors')
+    objective = MoCoV3(encoder=ENCODER | dict(heads=settings['num_heads'], pos='sincos_rows'), **SHAPE,
+                       projector=(hidden, hidden, settings['dim']), predictor=(hidden,), temperature=settings['T'],
+                       momentum=train['moco_m'], total_steps=train['epochs'])
+    optim = Optim(name='adamw', lr=train['lr'], warmup=f'{train["warmup_epochs"]}ep',
+                  weight_decay=train['weight_decay'], no_decay=())
+    params, aux = golden_weights.mocov3_to_trees(weights)
+    b = settings['B']
+    batches = batches_of(views=np.moveaxis(golden['x'], 3, -1),
+                         position=np.arange(3 * b, dtype=np.uint32).reshape(3, b))
+    got, states, plan = trajectory(objective, optim, params, jax.tree.map(jnp.asarray, aux), batches, batch=b,
+                                   steps_per_epoch=train['steps_per_epoch'])
+    np.testing.assert_allclose([plan['lr'](i) for i in range(len(got))], golden['lrs'], rtol=1e-12, atol=1e-15)
+    momentum = schedules.cosine(train['moco_m'], 1.0, end=train['epochs'])
+    np.testing.assert_allclose([momentum(i) for i in range(len(got))], golden['momenta'], rtol=1e-12)
+    assert_golden('mocov3_train', 'losses', got, golden['losses'])
+    final = golden_weights.trees_to_mocov3(states[-1].params, states[-1].aux)
+    assert_final('mocov3_train', {k: v for k, v in golden.items() if not k.endswith('num_batches_tracked')},
+                 {k.removeprefix('module.'): v for k, v in final.items()})

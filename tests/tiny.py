@@ -19,7 +19,11 @@ def load(item: Item) -> dict:
     return {'image': image}
 
 
-def write(out, *, size=(32, 32), channels=3, train=24, invalid=False) -> Manifest:
+def load_bytes(item: Item) -> dict:
+    return {'image': np.clip(128 + 50 * load(item)['image'], 0, 255).astype('u1')}
+
+
+def write(out, *, size=(32, 32), channels=3, train=24, invalid=False, load=load) -> Manifest:
     """Converts train + 8 val + 8 test images into `out`."""
     splits = {'train': train, 'val': 8, 'test': 8}
     items = {split: [Item(f'{split}{i}', label=i % 2, data=(size, channels, invalid)) for i in range(n)]
@@ -30,14 +34,22 @@ def write(out, *, size=(32, 32), channels=3, train=24, invalid=False) -> Manifes
 
 ENCODER = dict(name='vit', patch=8, width=32, depth=2, heads=2)
 
+# Wide enough that the start's small weights do not leave next to nothing to normalise, and gradients in the hundreds.
+PROTOTYPES = dict(prototypes=24, layers=2, hidden=128, bottleneck=16)
+
 # For every objective, the smallest thing that shows all its parts.
 OBJECTIVES = {
     'mae': dict(name='mae', encoder=ENCODER, decoder=dict(width=16, depth=1, heads=2)),
-    'mocov3': dict(name='mocov3', encoder=ENCODER | dict(init='mocov3', pos='sincos_rows'), projector=(16, 16, 8),
-                   predictor=(16,)),
+    'mocov3': dict(name='mocov3', encoder=ENCODER, projector=(16, 16, 8), predictor=(16,)),
     'simmim': dict(name='simmim', encoder=ENCODER | dict(pos='relative', qkv_bias='qv'), mask_unit=16),
+    'simsiam': dict(name='simsiam', encoder=ENCODER, projector=(16, 16, 16), predictor=(8,)),
+    'moco': dict(name='moco', encoder=dict(name='resnet', depth=18, stem='small', width=4), dim=8, queue_size=24,
+                 bn_groups=2),
+    'moco-vit': dict(name='moco', encoder=ENCODER, dim=8, queue_size=24),
     'classify': dict(name='classify', encoder=ENCODER),
     'classify-frozen': dict(name='classify', encoder=ENCODER, frozen=True),
+    'dino': dict(name='dino', encoder=ENCODER, head=PROTOTYPES),
+    'ibot': dict(name='ibot', encoder=ENCODER, head=PROTOTYPES),
 }
 
 # The views of those that do not learn from single ones.

@@ -29,7 +29,7 @@ class BatchNorm(nnx.Module):
     def __init__(self, width: int, *, affine: bool = True, scale: float = 1.0, groups: int = 1, momentum: float = 0.1,
                  epsilon: float = 1e-5):
         if affine:
-            self.scale, self.bias = nnx.Param(jnp.full(width, scale)), nnx.Param(jnp.zeros(width))
+            self.scale, self.bias = nnx.Param(jnp.full(width, scale, jnp.float32)), nnx.Param(jnp.zeros(width))
         self.mean, self.var = nnx.BatchStat(jnp.zeros(width)), nnx.BatchStat(jnp.ones(width))
         self.affine, self.groups, self.momentum, self.epsilon = affine, groups, momentum, epsilon
 

@@ -189,7 +189,7 @@ class LayerScale(nnx.Module):
     """Learned gain per channel of a residual branch (Touvron et al. 2021, arXiv:2103.17239, section 2)."""
 
     def __init__(self, width: int, value: float):
-        self.gamma = nnx.Param(jnp.full((width,), value))
+        self.gamma = nnx.Param(jnp.full((width,), value, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x * self.gamma[...].astype(x.dtype)

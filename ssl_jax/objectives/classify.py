@@ -21,12 +21,13 @@ class Classify:
     """A linear head on one vector per image, with the encoder trained along or frozen.
 
     frozen=False: params are {'encoder', 'head'}. frozen=True: params are {'head'}; the encoder is in aux, where the
-    optimiser never sees it, and runs as in evaluation. The head's BatchNorm statistics are aux['stats'].
+    optimiser never sees it, and runs as in evaluation. Running statistics of batch normalisation are aux['stats'],
+    {'encoder', 'head'}, each where it has any; those of a frozen encoder stay as they are.
     The defaults of batch_norm and head_std are those of MAE's linear probe for a frozen encoder and of its
     fine-tuning otherwise (arXiv:2111.06377, appendix A.1).
 
     Args:
-      encoder: spec of a model of `ssl_jax/models` ('vit').
+      encoder: spec of a model of `ssl_jax/models`.
       pooling: the class token, or the mean patch token; both through the final norm.
       batch_norm: normalise the features over the batch, without scale and shift; None: where frozen.
       head_std: deviation of the head's initial kernel; None: 0.01 where frozen, else 2e-5.
@@ -77,8 +78,9 @@ class Classify:
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Fresh (params, aux); see the class."""
         encoder_key, head_key = jax.random.split(key)
-        encoder, _ = self.net.init(encoder_key)
-        head, stats = self.head.init(head_key)
+        encoder, encoder_stats = self.net.init(encoder_key)
+        head, head_stats = self.head.init(head_key)
+        stats = {k: v for k, v in (('encoder', encoder_stats), ('head', head_stats)) if v}
         aux = {'stats': stats} if stats else {}
         if self.frozen:
             return {'head': head}, aux | {'encoder': encoder}
@@ -103,7 +105,8 @@ class Classify:
             truth = label if label.ndim == 1 else label.argmax(-1)
             metrics['accuracy'] = mean(logits.argmax(-1) == truth)
         if 'stats' in aux:
-            aux = aux | {'stats': Net.stats_of(head)}
+            modules = {'encoder': encoder, 'head': head}
+            aux = aux | {'stats': {part: Net.stats_of(modules[part]) for part in aux['stats']}}
         return loss, (aux, metrics)
 
     def update_aux(self, params: Tree, aux: Tree, *, step: jax.Array) -> Tree:
@@ -122,8 +125,8 @@ class Classify:
                               channels=self.channels, dtype=self.dtype)(rngs=rngs)
 
     def _bind(self, params: Tree, aux: Tree) -> tuple[nnx.Module, nnx.Module]:
-        encoder = (aux if self.frozen else params)['encoder']
-        return self.net.bind(encoder), self.head.bind(params['head'], aux.get('stats'))
+        encoder, stats = (aux if self.frozen else params)['encoder'], aux.get('stats', {})
+        return self.net.bind(encoder, stats.get('encoder')), self.head.bind(params['head'], stats.get('head'))
 
     def _losses(self, logits: jax.Array, label: jax.Array) -> jax.Array:
         """The loss of each example, (B,)."""
