@@ -80,31 +80,41 @@ def _device_bytes(tree: Tree) -> int:
 
 def _activation_bytes(run: Run) -> int:
     """Arrays over the batch that the forward pass leaves for the backward pass, per device."""
-    part = run.experiment.batch // run.experiment.accumulate
-    batch = {k: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype) for k, x in run.batch.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    viewed = jax.eval_shape(run.view.train, batch, key)
 
     def residuals(params, aux, batch, key):
         loss = lambda p: run.objective.loss(p, aux, batch, step=jnp.zeros((), jnp.int32), key=key)[0]
         return jax.vjp(loss, params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, run.state.params, run.state.aux, viewed, key))
-    # Weights are kept too, but they are counted already: what grows with the batch has it among its first two axes.
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if part in x.shape[:2]) // run.layout.batch_parts
+    def kept(images):
+        batch = {k: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype) for k, x in run.batch.items()}
+        viewed = jax.eval_shape(run.view.train, batch, key)
+        return jax.tree.leaves(jax.eval_shape(residuals, run.state.params, run.state.aux, viewed, key))
+
+    part = run.experiment.batch // run.experiment.accumulate
+    # Weights are kept too, but they are counted already: activations are what grows with the batch.
+    growing = [x for x, twice in zip(kept(part), kept(2 * part), strict=True) if x.shape != twice.shape]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in growing) // run.layout.batch_parts
 
 
 def _draw(run: Run, path: pathlib.Path, count: int = 6) -> None:
-    """The first `count` examples of the first batch, as read and as the encoder will see them, channel by channel."""
+    """The first `count` examples of the first batch, as read and as each encoder's input, channel by channel."""
     iterator = run.data.train(seed=run.experiment.seed, batch=run.experiment.batch, start=0)
     host = {k: v[:count] for k, v in next(iterator).items()}
     iterator.close()
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(run.experiment.seed), 0))   # as the train step does
     viewed = jax.device_get(jax.jit(run.view.train)(host, key))
-    before, after = host['image'].astype(np.float32), np.asarray(run.view.denormalise(viewed['image']))
+    before = host['image'].astype(np.float32)
+    shown = [('read', before, host.get('valid'))]
+    if 'image' in viewed:
+        shown.append(('view', viewed['image'], viewed.get('valid')))
+    for name in ('views', 'global', 'local'):
+        shown += [(f'{name.removesuffix("s")} {i + 1}', x, None) for i, x in enumerate(viewed.get(name, ()))]
     channels = run.data.channels
     rows, names = [], []
-    for title, images, valid in (('read', before, host.get('valid')), ('view', after, viewed.get('valid'))):
+    for title, images, valid in shown:
+        if title != 'read':
+            images = np.asarray(run.view.denormalise(images))
         valid = np.ones(images.shape, bool) if valid is None else np.broadcast_to(valid, images.shape)
         if pictures.is_rgb(channels):
             low, high = np.percentile(before, (0, 100))
@@ -115,8 +125,8 @@ def _draw(run: Run, path: pathlib.Path, count: int = 6) -> None:
             span = pictures.limits(before[..., c], channel)
             rows.append([pictures.paint(x[..., c], channel, *span, v[..., c]) for x, v in zip(images, valid)])
             names.append(f'{title} {channel.name}')
-    side = max(before.shape[1], after.shape[1])
-    rows = [[_pad(panel, side, max(before.shape[2], after.shape[2])) for panel in row] for row in rows]
+    height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
+    rows = [[_pad(panel, height, width) for panel in row] for row in rows]
     Image.fromarray(pictures.sheet(rows, names)).save(path)
 
 

@@ -319,3 +319,19 @@ def test_random_box_falls_back_to_the_central_one(source, expected):
     noise = np.random.default_rng(1).random((50, 22), np.float32)
     boxes = jax.jit(jax.vmap(lambda n: jnp.stack(random_box(n, source, (0.9, 1.0), (3 / 4, 4 / 3)))))(noise)
     assert (boxes == jnp.asarray(expected)).all()
+
+
+def test_rectangles():
+    noise = np.float32([[0.0, 1.0], [0.0, 0.0], [0.5, 0.0], [0.52, 1.0]])
+    expected = np.zeros((8, 12), bool)
+    expected[3:5, 5:8] = True     # 0.25 of the height and of the width, in the middle
+    expected[:2, 11:] = True      # 0.5 of the height: what of it lies inside
+    found = np.asarray(ops.rectangles(noise, (8, 12), (0.25, 0.5)))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_plane():
+    ramp = np.asarray(ops.plane((4, 10), jnp.asarray([5.0, 0.0]), jnp.asarray([4.0, 0.0]), jnp.asarray([10.0, 1.0])))
+    np.testing.assert_allclose(ramp.mean((0, 1)), [5, 0], atol=1e-6)
+    np.testing.assert_allclose(np.diff(ramp, axis=0), np.broadcast_to([1.0, 0.0], (3, 10, 2)), atol=1e-5)
+    np.testing.assert_allclose(np.diff(ramp, axis=1), np.broadcast_to([1.0, 0.1], (4, 9, 2)), atol=1e-5)

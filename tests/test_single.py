@@ -7,52 +7,20 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from viewing import INSAR, RGB, TURN, channel, evaluate, insar_batch, rgb_batch, train, view
 
 from ssl_jax import config
-from ssl_jax.data.source import Channel
 from ssl_jax.errors import UserError
-from ssl_jax.views.augment import CHOICES
+from ssl_jax.views.draws import CHOICES, Draws
 from ssl_jax.views.single import Single
 
-TURN = 2 * np.pi
 EVERYTHING = dict(interpolation='bilinear', crop=dict(scale=(0.3, 1.0), probability=0.8), hflip=0.5, vflip=0.5,
                   quarter_turns=0.5, rotation=dict(degrees=60, probability=0.7),
                   jitter=dict(brightness=0.4, contrast=0.4, probability=0.8),
                   blur=dict(sigma=(0.5, 1.5), probability=0.5))
-
-
-def channel(name, kind='linear', *, mean=100.0, std=50.0, period=None, unit='', low=0.0, high=255.0):
-    return Channel(name, kind, mean, std, period, unit, low, high, {}, 1.0)
-
-
-RGB = tuple(map(channel, ('red', 'green', 'blue')))
-INSAR = (channel('phase', 'phase', mean=0.1, std=1.6, period=TURN, unit='rad', low=-np.pi, high=np.pi),
-         channel('coherence', mean=0.5, std=0.25, high=1.0),
-         channel('dem', mean=800.0, std=900.0, unit='m', high=4000.0))
-
-
-def view(channels=RGB, image_size=(24, 24), **options):
-    return config.build('views', dict(name='single', **options), where='view', image_size=image_size, channels=channels)
-
-
-def insar_batch(n=6, size=(24, 24), seed=0):
-    rng = np.random.default_rng(seed)
-    image = rng.random((n, *size, 3)) * [TURN, 1, 4000] - [np.pi, 0, 0]
-    return {'image': image.astype('f4'), 'position': np.arange(n, dtype='u4'), 'label': np.arange(n, dtype='i4'),
-            'label_map': rng.integers(0, 5, (n, *size), dtype='i4')}
-
-
-def rgb_batch(n=6, size=(24, 24)):
-    image = np.random.default_rng(0).integers(0, 256, (n, *size, 3), dtype='u1')
-    return {'image': image, 'position': np.arange(n, dtype='u4')}
-
-
-def train(v, batch, seed=0):
-    return jax.tree.map(np.asarray, jax.jit(v.train)(batch, jax.random.key(seed)))
-
-
-def evaluate(v, batch):
-    return jax.tree.map(np.asarray, jax.jit(v.eval)(batch))
+EVEN_MORE = EVERYTHING | dict(
+    elastic=dict(amplitude=2.0, smoothness=8.0, probability=0.7), phase=dict(offset=0.5, ramp=2.0, probability=0.7),
+    speckle=dict(probability=0.7), noise=dict(probability=0.7), cutout=dict(count=2, probability=0.7))
 
 
 def test_nothing_asked_is_normalisation_alone():
@@ -85,7 +53,7 @@ def test_any_channels_and_shapes(channels, size, out_size):
 
 
 def test_a_view_depends_on_position_and_key_alone_and_compiles_once():
-    v = view(INSAR, **EVERYTHING)
+    v = view(INSAR, **EVEN_MORE)
     batch = insar_batch(n=8)
     step = jax.jit(v.train)
     whole = step(batch, jax.random.key(3))
@@ -110,7 +78,7 @@ def test_a_view_stays_on_its_device():
     """Every example is worked on where it lies: no collective, though rotation gathers."""
     mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-    v = view(INSAR, interpolation='bilinear', crop=dict(), rotation=dict())
+    v = view(INSAR, interpolation='bilinear', crop=dict(), rotation=dict(), elastic=dict(), noise=dict(), cutout=dict())
     compiled = jax.jit(v.train).lower(jax.device_put(insar_batch(), split), jax.random.key(0)).compile()
     assert not re.search(r'all-(gather|reduce|to-all)|collective-permute|reduce-scatter', compiled.as_text())
     assert set(jax.tree.map(lambda s: s.spec, compiled.output_shardings).values()) == {split.spec}
@@ -124,19 +92,20 @@ def test_products_are_exact_on_accelerators():
                 yield equation.params['precision']
             for sub in jaxprs_in_params(equation.params):
                 yield from products(sub)
-    found = list(products(jax.make_jaxpr(view(INSAR, **EVERYTHING).train)(insar_batch(), jax.random.key(0)).jaxpr))
-    assert len(found) >= 4 and set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
+    found = list(products(jax.make_jaxpr(view(INSAR, **EVEN_MORE).train)(insar_batch(), jax.random.key(0)).jaxpr))
+    assert len(found) >= 6 and set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def test_options_have_their_own_random_numbers():
     """Switching one on leaves the draws of the others as they were."""
     crop = dict(scale=(0.3, 1.0))
     alone = view(INSAR, crop=crop, hflip=0.5)
-    beside = view(INSAR, crop=crop, hflip=0.5, vflip=1e-9, jitter=dict(brightness=0.5), blur=dict())
+    beside = view(INSAR, crop=crop, hflip=0.5, vflip=1e-9, jitter=dict(brightness=0.5), blur=dict(),
+                  noise=dict(), cutout=dict())
     label_map = lambda v: jax.jit(lambda b, k: v.train(b, k)['label_map'])(insar_batch(), jax.random.key(0))
     np.testing.assert_array_equal(label_map(alone), label_map(beside))
-    noise = view()._noise(jax.random.key(0))
-    singles = np.asarray([noise[name] for name in CHOICES])
+    drawn = Draws(jax.random.key(0), channels=3, phases=0)
+    singles = np.asarray([drawn[name] for name in CHOICES])
     assert len(np.unique(singles)) == len(CHOICES) and (singles >= 0).all() and (singles < 1).all()
 
 
@@ -165,7 +134,7 @@ def test_invalid_pixels_never_contribute():
     batch = insar_batch()
     valid = np.random.default_rng(1).random((6, 24, 24, 3)) < 0.8
     valid[:, 5:12, 3:9] = False
-    v = view(INSAR, **EVERYTHING)
+    v = view(INSAR, **EVEN_MORE)
     step = jax.jit(v.train)
     spoilt = lambda junk: {'image': np.where(valid, batch['image'], junk).astype('f4'), 'valid': valid}
     outs = [step(batch | spoilt(junk), jax.random.key(0)) for junk in (np.nan, np.inf, -1e30)]

@@ -6,7 +6,7 @@ and saturation are the same blends on values of any range.
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.views.warp import Scalar, resample
+from ssl_jax.views.warp import Scalar, Size, resample
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -56,7 +56,9 @@ def box_weights(size: int, sigma: Scalar) -> jax.Array:
 
 def grey(image: jax.Array) -> jax.Array:
     """Luma of an RGB image (ITU-R BT.601), (H, W, 1)."""
-    return (image * jnp.asarray([0.2989, 0.587, 0.114])).sum(-1, keepdims=True)
+    # By channel: CPUs sum along a last axis of three at a crawl.
+    red, green, blue = jnp.split(image, 3, -1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def brightness(image: jax.Array, factor: Scalar, *, clamp: bool = True) -> jax.Array:
@@ -123,6 +125,27 @@ def jitter(image: jax.Array, order: jax.Array, factors: jax.Array, *, rgb: bool 
 def solarise(image: jax.Array, threshold: Scalar) -> jax.Array:
     """Inverts the values of [0, 1] that reach the threshold."""
     return jnp.where(image >= threshold, 1 - image, image)
+
+
+def plane(size: Size, offset: jax.Array, down: jax.Array, right: jax.Array) -> jax.Array:
+    """(h, w, C): `offset` (C,) in the middle, rising by `down` (C,) and `right` (C,) from edge to edge."""
+    y, x = ((jnp.arange(n) + 0.5) / n - 0.5 for n in size)
+    return offset + down * y[:, None, None] + right * x[:, None]
+
+
+def rectangles(noise: jax.Array, size: Size, sides: tuple[float, float]) -> jax.Array:
+    """Which pixels (h, w) of a view lie in one of N rectangles, cut off at the edges.
+
+    Args:
+      noise: (4, N) uniform in [0, 1): heights, widths, and where the centres are.
+      sides: smallest and largest height and width, as shares of the view's.
+    """
+    def inside(n, side, centre):
+        side = sides[0] + (sides[1] - sides[0]) * side
+        return jnp.abs((jnp.arange(n)[:, None] + 0.5) / n - centre) < side / 2
+
+    rows, columns = (inside(n, noise[axis], noise[2 + axis]) for axis, n in enumerate(size))
+    return (rows[:, None] & columns).any(-1)
 
 
 def normalise(image: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:

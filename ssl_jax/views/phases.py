@@ -23,6 +23,7 @@ class Phases:
                 raise UserError(f'channel {c.name!r}: a phase of period {c.period} has values in [{c.minimum}, '
                                 f'{c.maximum}], expected them to be wrapped to one period')
         self.linear = len(linear)   # so many channels come first in the encoded form
+        self.wrapped = wrapped      # places of the phases among the channels
         self.order = np.asarray(linear + wrapped + wrapped, int)
         self.inverse = np.argsort(linear + wrapped)
         self.period = np.asarray([c.period for c in phases], np.float32)
@@ -38,12 +39,16 @@ class Phases:
         angle = 2 * np.pi * x[..., self.linear:] / self.period
         return jnp.concatenate([x[..., :self.linear], jnp.cos(angle), jnp.sin(angle)], -1)
 
-    def decode(self, x: jax.Array) -> jax.Array:
-        """Back to (..., C) in raw units; the amplitude of (cosine, sine) does not matter."""
+    def decode(self, x: jax.Array, cycles: jax.Array | float = 0.0) -> jax.Array:
+        """Back to (..., C) in raw units; the amplitude of (cosine, sine) does not matter.
+
+        Args:
+          cycles: (..., phases), to be added.
+        """
         if not len(self.period):
             return x
         linear, cos, sin = jnp.split(x, [self.linear, self.linear + len(self.period)], -1)
-        phase = jnp.arctan2(sin, cos) / (2 * np.pi) * self.period
+        phase = (jnp.arctan2(sin, cos) / (2 * np.pi) + cycles) * self.period
         phase -= self.period * jnp.round((phase - self.middle) / self.period)
         return jnp.concatenate([linear, phase], -1)[..., self.inverse]
 

@@ -9,7 +9,7 @@ from ssl_jax.views.augment import Augment
 
 @dataclasses.dataclass(frozen=True)
 class Single(Augment):
-    """See `Augment` for the options; none are on by default."""
+    """See `Recipe` for the options; none are on by default."""
 
     def train(self, batch: Batch, key: jax.Array) -> Batch:
         """Augmented and normalised: 'image' (B, h, w, C) float32 and the batch's other fields.
@@ -17,10 +17,6 @@ class Single(Augment):
         The draws depend on `key` and the example's 'position' (B,) alone, not on its place in the batch.
         """
         return jax.vmap(self.random)(dict(batch), example_keys(key, batch['position']))
-
-    def eval(self, batch: Batch) -> Batch:
-        """Resized, centre-cropped and normalised: 'image' (B, h, w, C) float32 and the batch's other fields."""
-        return jax.vmap(self.central)(dict(batch))
 
 
 build = Single

@@ -2,13 +2,15 @@
 
 Arrays are (H, W, C) float32 of one example; vmap over the batch. Pixel i is centred on the coordinate i and covers
 [i - 1/2, i + 1/2]. Crop, flips and quarter turns cost two small matrix products, which accelerators do at full speed;
-a rotation by any angle is read by gathers from a frame that these products have made at the output's resolution.
+a rotation by any angle and an elastic deformation are read by gathers from a frame that these products have made at
+the output's resolution.
 """
 import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Scalar = Any   # a Python number or a traced scalar
 Size = tuple[int, int]
@@ -19,7 +21,7 @@ TAPS = {'bilinear': (0, 1), 'bicubic': (-1, 0, 1, 2)}
 
 
 class Warp(NamedTuple):
-    """Where a view's pixels come from: a box of the source, flipped, then transposed, then rotated about its centre."""
+    """Where a view's pixels come from: a box of the source, flipped, transposed, rotated, displaced."""
     top: Scalar                       # source pixels
     left: Scalar
     height: Scalar
@@ -27,7 +29,8 @@ class Warp(NamedTuple):
     flip_rows: Scalar = False
     flip_columns: Scalar = False
     transpose: Scalar | None = None   # None: never; otherwise the view must be square
-    degrees: Scalar = 0.0             # counter-clockwise
+    degrees: Scalar = 0.0             # counter-clockwise about the centre
+    displacement: jax.Array | None = None   # (2, h, w): so many pixels further down and right are shown
 
     def turned(self, turns: Scalar) -> 'Warp':
         """With `turns` (0 to 3) counter-clockwise quarter turns after the flips."""
@@ -146,43 +149,66 @@ def sample(image: jax.Array, rows: jax.Array, columns: jax.Array, method: Method
     return out
 
 
-def rotate(image: jax.Array, degrees: Scalar, size: Size | None = None, method: Method = 'bilinear') -> jax.Array:
+def spline_displacement(noise: jax.Array, size: Size, amplitude: Scalar, spacing: float) -> jax.Array:
+    """The cubic B-spline (2, h, w) whose knots, `spacing` pixels apart, are uniform in [-amplitude, amplitude].
+
+    Args:
+      noise: (2, *spline_knots(size, spacing)) uniform in [0, 1).
+    """
+    axes = []
+    for n, knots in zip(size, spline_knots(size, spacing)):
+        d = np.abs(np.arange(n)[:, None] / spacing + 1 - np.arange(knots))
+        axes.append(np.where(d < 1, 2 / 3 - d ** 2 + d ** 3 / 2, np.maximum(2 - d, 0) ** 3 / 6).astype(np.float32))
+    return jnp.einsum('ik,akl,jl->aij', axes[0], amplitude * (2 * noise - 1), axes[1],
+                      precision=jax.lax.Precision.HIGHEST)
+
+
+def spline_knots(size: Size, spacing: float) -> Size:
+    """How many knots a spline needs along each axis; two lie outside the view."""
+    return tuple(math.floor((n - 1) / spacing) + 4 for n in size)
+
+
+def rotate(image: jax.Array, degrees: Scalar, size: Size | None = None, method: Method = 'bilinear',
+           displacement: jax.Array | None = None) -> jax.Array:
     """Rotates (H, W, C) counter-clockwise about its centre and keeps the middle `size`; zeros come in from outside."""
-    size = size or image.shape[:2]
-    rows, columns = _rotated(_offsets(size[0])[:, None], _offsets(size[1]), degrees)
+    rows, columns = _rotated(*_placed(size or image.shape[:2], displacement), degrees)
     return sample(image, rows + (image.shape[0] - 1) / 2, columns + (image.shape[1] - 1) / 2, method)
 
 
 def warp(image: jax.Array, geometry: Warp, size: Size, *, method: Method = 'bicubic', antialias: bool = True,
-         beyond: bool = False, reach: float = 0.0, border: Border = 'zero') -> jax.Array:
+         beyond: bool = False, reach: float = 0.0, give: float = 0.0, border: Border = 'zero') -> jax.Array:
     """Resamples (H, W, C) to (h, w, C).
 
     Args:
       beyond: the kernel may use pixels beyond the box, as when the image is resized first and cropped then.
       reach: the largest |degrees| that may come, known beforehand; at 0 `geometry.degrees` is not looked at. A
         rotated view shows what lies around its box.
+      give: the same for the largest displacement in pixels.
       border: what lies outside the source: zeros, or its mirror image (the edge pixel not repeated).
     """
     axes = []
-    margins = _margins(size, reach)
+    gathers = bool(reach or give)
+    margins = _margins(size, reach, give)
     for start, extent, flip, source, n, margin in zip(*_axes(geometry, image.shape), size, margins):
         centres = _coordinates(start, extent, flip, n, _offsets(n + 2 * margin))
         inside = (centres >= -0.5) & (centres <= source - 0.5)
         if border == 'reflect':
             centres, inside = _reflect(centres, source), True
-        low, high = (0, source) if beyond or reach else (jnp.floor(start), jnp.ceil(start + extent))
+        low, high = (0, source) if beyond or gathers else (jnp.floor(start), jnp.ceil(start + extent))
         weights = axis_weights(centres, source, step=extent / n, low=low, high=high, method=method, antialias=antialias)
         axes.append(weights * jnp.reshape(inside, (-1, 1)))
     out = resample(image, *axes)
     if geometry.transpose is not None:
         out = jnp.where(geometry.transpose, jnp.swapaxes(out, 0, 1), out)
-    return rotate(out, geometry.degrees, size, method) if reach else out
+    if not gathers:
+        return out
+    return rotate(out, geometry.degrees if reach else 0.0, size, method, geometry.displacement if give else None)
 
 
-def warp_nearest(image: jax.Array, geometry: Warp, size: Size, *, reach: float = 0.0,
+def warp_nearest(image: jax.Array, geometry: Warp, size: Size, *, reach: float = 0.0, give: float = 0.0,
                  border: Border = 'zero') -> jax.Array:
     """The nearest source pixel's value, for class rasters: (H, W) of any dtype to (h, w). See `warp`."""
-    offsets = _offsets(size[0])[:, None], _offsets(size[1])
+    offsets = _placed(size, geometry.displacement if give else None)
     if reach:
         offsets = _rotated(*offsets, geometry.degrees)
     if geometry.transpose is not None:
@@ -209,6 +235,12 @@ def _offsets(n: int) -> jax.Array:
     return jnp.arange(n) - (n - 1) / 2
 
 
+def _placed(size: Size, displacement: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Rows and columns relative to the middle that each pixel of a view shows before it is rotated."""
+    rows, columns = _offsets(size[0])[:, None], _offsets(size[1])
+    return (rows, columns) if displacement is None else (rows + displacement[0], columns + displacement[1])
+
+
 def _coordinates(start, extent, flip, n: int, offsets: jax.Array) -> jax.Array:
     """Source coordinates of output pixels at `offsets` from the middle of an axis of n pixels."""
     # From the middle outwards: a whole-image box gives exact integers, so that the identity map changes no bit.
@@ -226,13 +258,14 @@ def _reflect(centres: jax.Array, size: int) -> jax.Array:
     return last - jnp.abs(jnp.mod(centres, 2 * last) - last)
 
 
-def _margins(size: Size, reach: float) -> Size:
-    """Pixels to add on each side so that the output, turned by up to `reach` degrees, stays inside the frame."""
-    if not reach:
+def _margins(size: Size, reach: float, give: float) -> Size:
+    """Pixels to add on each side so that the output, displaced and turned by that much, stays inside the frame."""
+    if not (reach or give):
         return 0, 0
     margins = []
-    for n, other in (size, size[::-1]):
-        angle = min(math.radians(reach), math.atan2(other, n))
-        extent = n * math.cos(angle) + other * math.sin(angle)
+    shown = [n + 2 * give for n in size]
+    for n, wide, other in zip(size, shown, shown[::-1]):
+        angle = min(math.radians(reach), math.atan2(other, wide))
+        extent = wide * math.cos(angle) + other * math.sin(angle)
         margins.append(math.ceil((extent - n) / 2) + 2)   # 2: the bicubic taps
     return margins[0], margins[1]
