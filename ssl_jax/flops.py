@@ -19,7 +19,7 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
-def count(function: Callable[..., Any], *args: Any) -> float:
+def count(function: Callable[..., Any], *args: Any, scope: str = '') -> float:
     """Multiply-adds of matrix products and convolutions, two operations each, in one call of `function`.
 
     Elementwise work is left out, as is usual for MFU (Chowdhery et al. 2022, appendix B). Scans count their body once
@@ -28,8 +28,9 @@ def count(function: Callable[..., Any], *args: Any) -> float:
 
     Args:
       args: arrays or shapes.
+      scope: count only what lies in the `jax.named_scope` of this name, and its derivatives.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr, scope)
 
 
 def without_remat(spec: Any) -> Any:
@@ -39,22 +40,24 @@ def without_remat(spec: Any) -> Any:
     return spec
 
 
-def _jaxpr(jaxpr) -> float:
-    return sum(_equation(e) for e in jaxpr.eqns)
+def _jaxpr(jaxpr, scope) -> float:
+    return sum(_equation(e, scope) for e in jaxpr.eqns)
 
 
-def _equation(e) -> float:
+def _equation(e, scope) -> float:
     name = e.primitive.name
-    if name == 'dot_general':
+    if scope in str(e.source_info.name_stack):
+        scope = ''   # what is inside lies in it too
+    if name == 'dot_general' and not scope:
         (contract, _), _ = e.params['dimension_numbers']
         return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[i] for i in contract)
-    if name == 'conv_general_dilated':
+    if name == 'conv_general_dilated' and not scope:
         kernel, dims = e.invars[1].aval.shape, e.params['dimension_numbers'].rhs_spec
         per_output = math.prod(kernel) // kernel[dims[0]]
         return 2 * math.prod(e.outvars[0].aval.shape) * per_output / math.prod(e.params['lhs_dilation'])
     inner = [x for value in e.params.values() for x in (value if isinstance(value, (tuple, list)) else (value,))]
     inner = [getattr(x, 'jaxpr', x) for x in inner]
-    total = [_jaxpr(x) for x in inner if hasattr(x, 'eqns')]
+    total = [_jaxpr(x, scope) for x in inner if hasattr(x, 'eqns')]
     if name == 'cond':
         return max(total, default=0.0)
     if name == 'scan':

@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 import tiny
 
@@ -34,6 +36,23 @@ def test_data_of_a_config(root, tmp_path, capsys):
     assert "split 'val': 8 examples" in capsys.readouterr().out
     assert bench.main([*arguments, f'--config={config}', '--split=train', '--batch=3']) == 0
     assert "split 'train': 12 examples" in capsys.readouterr().out
+
+
+def test_step(root, tmp_path, capsys):
+    config = tmp_path / 'config.py'
+    config.write_text(f'import sys\nsys.path.insert(0, {str(pathlib.Path(tiny.__file__).parent)!r})\nimport tiny\n'
+                      'from ml_collections import ConfigDict\n'
+                      f'def get_config(objective):\n    return ConfigDict(tiny.config({str(root)!r}, objective))\n')
+    arguments = ['step', f'--config={config}:simmim', '--rounds=1', '--seconds=0.01']
+    assert bench.main([*arguments, '--set=batch=2', '--set=objective.encoder.depth=1']) == 0
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith('2 x cpu') and len(rows) == 1
+    for row in rows:
+        _, milliseconds, unit, rate, views, gradient, update, encoder, *_ = row.split()
+        assert unit == 'ms' and float(rate) == pytest.approx(2000 / float(milliseconds), rel=0.2)
+        assert all(share.endswith('%') for share in (views, gradient, update)) and 30 < float(encoder[:-1]) < 100
+    assert bench.main([*arguments, '--set=objective.encoder.dpeth=1']) == 2
+    assert 'dpeth' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

@@ -16,6 +16,23 @@ def test_matmul_scan_conv():
     assert flops.count(conv, f32(1, 8, 8, 3), f32(2, 2, 3, 5)) == 2 * 16 * 5 * 12
 
 
+def test_scope():
+    """Only what lies in the scope, and what becomes of it in the gradient."""
+    def network(w, v, x):
+        with jax.named_scope('encoder'):
+            x = jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+        return (x @ v).sum()
+
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    arguments = f32(6, 4, 4), f32(4, 5), f32(3, 4)
+    forward, outside = 6 * 2 * 3 * 4 * 4, 2 * 3 * 4 * 5
+    assert flops.count(network, *arguments, scope='encoder') == forward
+    gradient = jax.grad(network, argnums=(0, 1, 2))
+    assert flops.count(gradient, *arguments, scope='encoder') == 3 * forward
+    assert flops.count(gradient, *arguments) == 3 * (forward + outside)
+    assert flops.count(gradient, *arguments, scope='decoder') == 0
+
+
 def test_without_remat_reaches_nested_specs():
     assert flops.without_remat({'encoder': {'remat': True, 'depth': 2}}) == {'encoder': {'remat': False, 'depth': 2}}
 

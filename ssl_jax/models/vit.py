@@ -134,6 +134,7 @@ class ViT(nnx.Module):
         index = index if self.class_token else index[1:, 1:]
         return jnp.moveaxis(self.rel_pos_table[...][index], -1, 0)
 
+    @jax.named_scope('encoder')
     def embed(self, image: jax.Array, keep: jax.Array | None = None, mask: jax.Array | None = None,
               mask_token: jax.Array | None = None) -> jax.Array:
         """The tokens before the first block; see `encode`."""
@@ -161,6 +162,7 @@ class ViT(nnx.Module):
         prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
         return jnp.concatenate([jnp.broadcast_to(prefix, (len(x), *prefix.shape[1:])), x], axis=1)
 
+    @jax.named_scope('encoder')
     def run(self, x: jax.Array, *, key: jax.Array | None, train: bool, every: bool = False) -> jax.Array:
         """The blocks over the tokens of `embed`."""
         gains = keys = None

@@ -2,12 +2,18 @@
 
     python -m ssl_jax.tools.bench data --config=configs/quickstart.py
     python -m ssl_jax.tools.bench data --root=DIR --batch=256 --threads=1,2,4 --workers=0,2
+    python -m ssl_jax.tools.bench step --config=configs/cifar10/dino.py --set=batch=64 --set=objective.encoder.depth=4
 
 `data`: examples and megabytes per second of reading records in random order, of decoding them (both in one thread), and
 of the whole input pipeline with every combination of threads and workers. All are measured in turns, several times
 over, so that a busy moment of the machine hits each alike. What was read lately comes from memory, not from the disk.
+
+`step`: the time of a train step on random images of the config's shapes, and the share of making views, of the loss and
+its gradient, and of the update; and the share of the encoder among the multiply-adds. Several configs are measured in
+turns. The parts are programs of their own, so that they need not add up to the whole.
 """
 import argparse
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -18,13 +24,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import config as configs
+from ssl_jax import flops
 from ssl_jax.data import stream
 from ssl_jax.data.pipeline import Data
 from ssl_jax.errors import UserError
+from ssl_jax.experiment import Run, assemble
+from ssl_jax.step import make_train_step
 
 DECODED = 64   # examples held in memory for the decoding measurement
 
@@ -124,6 +136,70 @@ def bench_data(arguments: argparse.Namespace) -> None:
     print(table(cases))
 
 
+def step_cases(run: Run) -> list[Case]:
+    """The whole train step of an assembled run, and its parts."""
+    rng = np.random.default_rng(0)
+    draw = {'u': lambda x: rng.integers(0, 2 if x.dtype == bool else 200, x.shape), 'f': lambda x: rng.random(x.shape)}
+    host = {k: draw.get(x.dtype.kind, draw['u'])(x).astype(x.dtype) for k, x in run.batch.items()}
+    host |= {'position': np.arange(run.experiment.batch, dtype=np.uint32), 'label': 0 * host['label']}
+    batch, key, b = run.layout.put(host), jax.random.key(0), run.experiment.batch
+    state = run.init()
+    full = make_train_step(run.objective, run.view, run.tx, accumulate=run.experiment.accumulate)
+    gradient = jax.grad(run.objective.loss, has_aux=True)
+    view = jax.jit(run.view.train)
+    viewed = view(batch, key)
+    loss = jax.jit(lambda s, v, k: gradient(s.params, s.aux, v, step=s.step, key=k))
+    calls = {'step': (jax.jit(full), (state, batch, key)), 'views': (view, (batch, key)),
+             'loss and gradient': (loss, (state, viewed, key))}
+
+    def once(function, arguments):
+        jax.block_until_ready(function(*arguments))
+        return b, _size(host)
+
+    return [Case(name, lambda stack, call=call: functools.partial(once, *call)) for name, call in calls.items()]
+
+
+def bench_step(arguments: argparse.Namespace) -> None:
+    rows = [('', 'step', 'images/s', 'views', 'loss and gradient', 'update', 'encoder', 'GFLOP/image', 'GFLOP/s')]
+    runs = []
+    for path in arguments.config:
+        config = _load_config(path)
+        config.update_from_flattened_dict(dict(arguments.set))
+        run = assemble(config, '', need_data=False)
+        runs.append((path, run, step_cases(run)))
+    for _ in range(arguments.rounds):
+        for *_, cases in runs:
+            for case in cases:
+                case.measure(arguments.seconds)
+    for path, run, cases in runs:
+        b = run.experiment.batch
+        seconds = {c.name: b / statistics.median(r for r, _ in c.rates) for c in cases}
+        share = {k: s / seconds['step'] for k, s in seconds.items()}
+        grad = jax.grad(lambda p, a, v, k, o=run.objective: o.loss(p, a, v, step=jnp.zeros((), jnp.int32), key=k)[0])
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        arrays = run.state.params, run.state.aux, jax.eval_shape(run.view.train, run.batch, key), key
+        whole, encoder = flops.count(grad, *arrays), flops.count(grad, *arrays, scope='encoder')
+        update = max(0.0, 1 - share['views'] - share['loss and gradient'])
+        rows.append((path, f'{1e3 * seconds["step"]:.0f} ms', f'{b / seconds["step"]:.0f}', f'{share["views"]:.0%}',
+                     f'{share["loss and gradient"]:.0%}', f'{update:.0%}', f'{encoder / whole:.0%}',
+                     f'{whole / b / 1e9:.3g}', f'{whole / seconds["step"] / 1e9:.1f}'))
+    print(f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}; views, loss and gradient and '
+          'update as shares of the time, encoder as a share of the multiply-adds of loss and gradient')
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip())
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition('=')
+    if not equals:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected key=value')
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def _load_config(path: str):
     """The config that a file's get_config() returns; 'file.py:argument' passes it the argument."""
     path, _, argument = path.partition(':')
@@ -154,6 +230,12 @@ def main(argv: Sequence[str]) -> int:
     data.add_argument('--workers', type=_numbers, default=(0,), help='settings to try (default 0)')
     data.add_argument('--rounds', type=int, default=3)
     data.add_argument('--seconds', type=float, default=2.0, help='per setting and round')
+    step = parts.add_parser('step', help='a train step and its parts')
+    step.set_defaults(run=bench_step)
+    step.add_argument('--config', action='append', required=True, help='an experiment; may be given several times')
+    step.add_argument('--set', action='append', type=_setting, default=[], help='key=value in all configs')
+    step.add_argument('--rounds', type=int, default=3)
+    step.add_argument('--seconds', type=float, default=5.0, help='per part and round')
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
