@@ -15,7 +15,11 @@ from ssl_jax.sharding import Layout, path_name
 from ssl_jax.step import TrainState, make_train_step
 
 # Parts of aux that an objective may change while it trains, by objective.
-MOVING_AUX = {'mae': (), 'simmim': (), 'classify': (), 'classify-frozen': ('stats',),
+MOVING_AUX = {'simsiam': ('stats',),
+              'moco': ('averaged', 'filled', 'momentum', 'momentum_stats', 'pointer', 'queue', 'stats'),
+              'moco-vit': ('averaged', 'filled', 'momentum', 'pointer', 'queue'),
+              'dino': ('teacher', 'center'), 'ibot': ('teacher', 'center', 'patch_center'),
+              'mae': (), 'simmim': (), 'classify': (), 'classify-frozen': ('stats',),
               'mocov3': ('averaged', 'momentum', 'momentum_stats', 'stats')}
 VOCABULARY = {'cls', 'patches', 'logits', 'recon', 'mask'}
 BATCH = 8

@@ -57,6 +57,7 @@ class ResNet(nnx.Module):
         reduction = 32 if stem == 'imagenet' else 8
         self.grid = tuple(-(-n // reduction) for n in image_size)
 
+    @jax.named_scope('encoder')
     def maps(self, image: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """The feature maps (B, h, w, D), in the compute dtype, of 'stem', 'layer1', ..., 'layer4'.
 
