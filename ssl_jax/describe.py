@@ -125,11 +125,4 @@ def _draw(run: Run, path: pathlib.Path, count: int = 6) -> None:
             span = pictures.limits(before[..., c], channel)
             rows.append([pictures.paint(x[..., c], channel, *span, v[..., c]) for x, v in zip(images, valid)])
             names.append(f'{title} {channel.name}')
-    height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
-    rows = [[_pad(panel, height, width) for panel in row] for row in rows]
     Image.fromarray(pictures.sheet(rows, names)).save(path)
-
-
-def _pad(panel: np.ndarray, h: int, w: int) -> np.ndarray:
-    """White below and to the right, up to (h, w)."""
-    return np.pad(panel, ((0, h - panel.shape[0]), (0, w - panel.shape[1]), (0, 0)), constant_values=255)

@@ -42,21 +42,27 @@ def paint_rgb(values: np.ndarray, low: float, high: float, valid: np.ndarray | N
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], columns: Sequence[str] = (),
           side: int = 96) -> np.ndarray:
-    """Titled rows of panels (H, W, 3) uint8 of one size, enlarged to at least `side` pixels: (H', W', 3) uint8."""
+    """Titled rows of panels (H, W, 3) uint8, of one size in each row, as a picture (H', W', 3) uint8.
+
+    All are enlarged alike, the largest to at least `side` pixels.
+    """
     from PIL import Image, ImageDraw
-    h, w = rows[0][0].shape[:2]
-    scale = max(1, -(-side // min(h, w)))
-    h, w = h * scale, w * scale
+    scale = max(1, -(-side // max(min(row[0].shape[:2]) for row in rows)))
+    width = scale * max(row[0].shape[1] for row in rows) + GAP
+    heights = [scale * row[0].shape[0] + GAP for row in rows]
     left = GAP + max((7 * len(n) for n in names), default=0)
-    picture = Image.new('RGB', (left + max(map(len, rows)) * (w + GAP), LABEL + len(rows) * (h + GAP)), 'white')
+    picture = Image.new('RGB', (left + max(map(len, rows)) * width, LABEL + sum(heights)), 'white')
     draw = ImageDraw.Draw(picture)
     for j, text in enumerate(columns):
-        draw.text((left + j * (w + GAP), 1), text, fill='black')
-    for i, (row, name) in enumerate(zip(rows, names)):
-        top = LABEL + i * (h + GAP)
-        draw.text((2, top + h // 2 - 6), name, fill='black')
+        draw.text((left + j * width, 1), text, fill='black')
+    top = LABEL
+    for row, name, height in zip(rows, names, heights):
+        draw.text((2, top + (height - GAP) // 2 - 6), name, fill='black')
         for j, panel in enumerate(row):
-            picture.paste(Image.fromarray(panel).resize((w, h), Image.Resampling.NEAREST), (left + j * (w + GAP), top))
+            enlarged = Image.fromarray(panel).resize((scale * panel.shape[1], scale * panel.shape[0]),
+                                                     Image.Resampling.NEAREST)
+            picture.paste(enlarged, (left + j * width, top))
+        top += height
     return np.asarray(picture)
 
 

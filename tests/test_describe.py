@@ -18,6 +18,13 @@ def build(view, data):
     return config.build('views', view, where='view', image_size=data.image_size, channels=data.channels)
 
 
+def test_rows_of_a_sheet_keep_their_sizes():
+    rows = [[np.full((n, n, 3), n, np.uint8)] * 2 for n in (32, 16)]
+    sheet = pictures.sheet(rows, ['a', 'b'], side=64)
+    for n in (32, 16):
+        assert (sheet == n).all(-1).sum() == 2 * (2 * n) ** 2
+
+
 @pytest.mark.parametrize('view, names', [
     (dict(name='single', size=16), ['view']), (dict(name='pair', size=40, crop=dict()), ['view 1', 'view 2']),
     (CROPS, ['global 1', 'global 2', 'local 1', 'local 2', 'local 3'])], ids=['single', 'pair', 'multicrop'])
@@ -29,10 +36,11 @@ def test_the_picture_shows_every_view_of_every_channel(tmp_path, monkeypatch, vi
     describe._draw(dataclasses.replace(run, view=build(view, run.data)), tmp_path / 'views.png')
     (rows, titles), = sheets
     assert titles == [f'{name} c{i}' for name in ['read', *names] for i in range(2)]
-    side = max(32, view['size'])
-    assert [len(row) for row in rows] == [6] * len(titles)
-    assert {panel.shape for row in rows for panel in row} == {(side, side, 3)}
-    if len(names) > 1:   # different pictures, each padded to the largest
+    sides = {'read': 32, 'view': view['size'], 'global': view['size'], 'local': 8}
+    for title, row in zip(titles, rows, strict=True):
+        side = sides[title.split()[0]]
+        assert [panel.shape for panel in row] == [(side, side, 3)] * 6
+    if len(names) > 1:   # different pictures
         assert len({np.stack(row).tobytes() for row in rows}) == len(rows)
 
 
