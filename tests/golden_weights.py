@@ -36,7 +36,7 @@ def assert_golden(fixture: str, key: str, actual, expected: np.ndarray) -> None:
 
     Keys that it does not list: floats to 1e-6 of the largest entry (sums that cancel have no better relative
     precision in float32), others exactly. `atol_key_rows` holds for the middle third (the keys) of a qkv bias.
-    Gradients and trained weights of more than THINNED values are stored as every eighth of them.
+    Some arrays of more than THINNED values are stored as every eighth of them.
     """
     actual, limits = np.asarray(actual), tolerances()[fixture].get(key)
     if actual.size > THINNED and expected.shape == (-(-actual.size // 8),):

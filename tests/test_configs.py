@@ -93,3 +93,14 @@ def test_full_size_assembles_from_shapes_alone(name):
     assert parameters is None or count == pytest.approx(parameters, rel=0.01)  # published tables count fixed positions
     assert run.schedules['lr'](run.total_steps // 20) == pytest.approx(
         config.optim.lr * config.batch / config.optim.lr_reference_batch, rel=1e-2)
+
+
+@pytest.mark.parametrize('name, parameters', [
+    ('dino_vits16', 21_665_664), ('ibot_vitb16', 85_798_656), ('simsiam_resnet50', 23_508_032),
+    ('moco_resnet50', 23_508_032), ('mocov3_vits16', 21_665_664 - 197 * 384)])
+def test_full_size_encoders(name, parameters):
+    """As many parameters as timm's and torchvision's without head; MoCo v3's positions are none."""
+    config, _ = load(ROOT / 'configs' / f'{name}.py')
+    run = assemble(config, 'unused', need_data=False)
+    encoder = jax.tree.leaves((run.state.params['encoder'], run.state.aux.get('encoder', {})))
+    assert sum(x.size for x in encoder) == parameters
