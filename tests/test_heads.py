@@ -55,7 +55,7 @@ INNER = {'fc1/kernel', 'bn1/scale', 'bn1/bias', 'fc2/kernel', 'bn2/scale', 'bn2/
     (dict(), INNER | {'fc3/bias'}),
     (dict(last_norm=True), INNER),
     (dict(last_bias=False), INNER),
-    (dict(norm=False), {f'fc{i}/{leaf}' for i in (1, 2, 3) for leaf in ('kernel', 'bias')})], ids=str)
+    (dict(norm=False), {f'fc{i}/{leaf}' for i in (1, 2, 3) for leaf in ('kernel', 'bias')})])
 def test_mlp_head(options, leaves):
     net = Net(lambda rngs: MLPHead((6, 16, 16, 4), rngs=rngs, **options))
     params, stats = net.init(jax.random.key(0))

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                      init='trunc_normal', drop_path=0.0))
     # No blur: images of 32 pixels have nothing to lose.
     config.view = dict(
-        name='multicrop', crop=dict(scale=(0.3, 1.0)), hflip=0.5, interpolation='bicubic',
+        name='multicrop', size=32, crop=dict(scale=(0.3, 1.0)), hflip=0.5, interpolation='bicubic',
         jitter=dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8), grey=0.2,
         second=dict(solarise=dict(probability=0.2)),
         local=dict(count=6, size=16, crop=dict(scale=(0.05, 0.3))))

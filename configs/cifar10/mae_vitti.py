@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         name='mae', mask_ratio=0.75, norm_pix_loss=True,
         encoder=dict(name='vit', patch=4, width=192, depth=12, heads=3),
         decoder=dict(width=128, depth=2, heads=4))
-    config.view = dict(name='single', crop=dict(scale=(0.2, 1.0)), hflip=0.5, interpolation='bicubic')
+    config.view = dict(name='single', size=32, crop=dict(scale=(0.2, 1.0)), hflip=0.5, interpolation='bicubic')
     config.data = dict(root='data/cifar10', split='train')
     config.optim = dict(
         name='adamw', lr=1.5e-3, lr_reference_batch=256, betas=(0.9, 0.95), weight_decay=0.05, schedule='cosine',

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         name='simmim', mask_unit=8, mask_ratio=0.6,
         encoder=dict(name='vit', patch=4, width=192, depth=12, heads=3, pos='relative', qkv_bias='qv', layer_scale=0.1,
                      init='simmim'))
-    config.view = dict(name='single', crop=dict(scale=(0.67, 1.0)), hflip=0.5, interpolation='bilinear')
+    config.view = dict(name='single', size=32, crop=dict(scale=(0.67, 1.0)), hflip=0.5, interpolation='bilinear')
     config.data = dict(root='data/cifar10', split='train')
     config.optim = dict(
         name='adamw', lr=1e-3, lr_reference_batch=512, betas=(0.9, 0.999), weight_decay=0.05,

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
         encoder=dict(name='resnet', depth=18, stem='small', width=64, zero_init_residual=True))
     # No blur: images of 32 pixels have nothing to lose.
     config.view = dict(
-        name='pair', crop=dict(scale=(0.2, 1.0)), hflip=0.5, interpolation='bilinear',
+        name='pair', size=32, crop=dict(scale=(0.2, 1.0)), hflip=0.5, interpolation='bilinear',
         jitter=dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8), grey=0.2)
     config.data = dict(root='data/cifar10', split='train')
     config.optim = dict(
