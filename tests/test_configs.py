@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import tiny
 
+from ssl_jax import config as configs
+from ssl_jax.data.pipeline import Data
 from ssl_jax.experiment import Experiment, assemble
+from ssl_jax.sharding import Layout
 from ssl_jax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
+# Where evaluations run too: those that configs have, on a transformer, a teacher and a residual network.
+EVALUATED = ('quickstart.py', 'hephaestus/mae_tiles.py', 'cifar10/dino.py', 'cifar10/simsiam.py')
 every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda p: str(p.relative_to(ROOT / 'configs')))
 
 
@@ -73,6 +78,11 @@ def test_trains_two_steps(path, tmp_path):
     load_image = tiny.load_bytes if channels == 3 else tiny.load
     tiny.write(tmp_path / 'data', size=(canvas, canvas), channels=channels, load=load_image)
     config['data'] = dict(root=str(tmp_path / 'data'), split=config['data']['split'], threads=0)
+    for tag, spec in config['evals'].items():
+        configs.build('evals', spec, where=f'evals.{tag}', data=configs.bind(Data, config['data'], where='data')(),
+                      layout=Layout(), batch=8, workdir=str(tmp_path), tag=tag)
+    if str(path.relative_to(ROOT / 'configs')) not in EVALUATED:
+        config['evals'] = {}
     train(config | dict(batch=8, duration=2, log_every=1, checkpoint=dict(every=2)), str(tmp_path / 'run'))
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines[:2]] == [1, 2] and all(np.isfinite(line['loss']) for line in lines[:2])
