@@ -1,4 +1,5 @@
 """Every experiment of configs/, shrunk, trains two steps and evaluates."""
+import functools
 import importlib.util
 import json
 import pathlib
@@ -21,11 +22,12 @@ EVALUATED = ('quickstart.py', 'hephaestus/mae_tiles.py', 'cifar10/dino.py', 'cif
 every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda p: str(p.relative_to(ROOT / 'configs')))
 
 
+@functools.cache
 def load(path):
     spec = importlib.util.spec_from_file_location('experiment', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(), module.__doc__
+    return module.get_config().lock(), module.__doc__
 
 
 @every_config
@@ -70,10 +72,24 @@ def shrunk(config):
     return config, 4 * patch
 
 
+def same(one, two):
+    """Whether two configs differ in the size of the encoder and in numbers of the optimiser alone."""
+    one, two = (shrunk(config.to_dict())[0] for config in (one, two))
+    numbers = ('lr', 'end_lr', 'weight_decay', 'weight_decay_end')
+    for config in (one, two):
+        for name in ('seed', 'batch', 'duration', 'log_every', 'checkpoint', 'precision'):
+            del config[name]
+        config['optim'] = {k: v for k, v in config['optim'].items() if k not in numbers}
+    return one == two
+
+
 @every_config
 def test_trains_two_steps(path, tmp_path):
     config, _ = load(path)
     config, canvas = shrunk(config.to_dict())
+    for other in CONFIGS[:CONFIGS.index(path)]:   # ViT-S and ViT-B shrink to the same
+        if same(load(other)[0], load(path)[0]):
+            pytest.skip(f'once shrunk it is {other.name}')
     channels = len(config['data'].get('planned', {}).get('channels', 'abc'))
     load_image = tiny.load_bytes if channels == 3 else tiny.load
     tiny.write(tmp_path / 'data', size=(canvas, canvas), channels=channels, load=load_image)
@@ -107,7 +123,7 @@ def test_full_size_assembles_from_shapes_alone(name):
 
 @pytest.mark.parametrize('name, parameters', [
     ('dino_vits16', 21_665_664), ('ibot_vitb16', 85_798_656), ('simsiam_resnet50', 23_508_032),
-    ('moco_resnet50', 23_508_032), ('mocov3_vits16', 21_665_664 - 197 * 384)])
+    ('mocov3_vits16', 21_665_664 - 197 * 384)])
 def test_full_size_encoders(name, parameters):
     """As many parameters as timm's and torchvision's without head; MoCo v3's positions are none."""
     config, _ = load(ROOT / 'configs' / f'{name}.py')

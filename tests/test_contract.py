@@ -66,7 +66,7 @@ def test_every_objective_is_here():
 
 @every_objective
 def test_two_steps(name):
-    """Finite loss, one compilation, every parameter moves, nothing else does."""
+    """Finite loss, one compilation, same seed same bits, every parameter moves, nothing else does."""
     objective, tx = build(name), optax.adam(1e-2)
     traced = []
 
@@ -81,24 +81,21 @@ def test_two_steps(name):
     for _ in range(2):
         state, metrics = step(state, make_batch(), jax.random.key(1))
         assert np.isfinite(metrics['loss']) and metrics['loss'].shape == () and metrics['loss'].dtype == np.float32
-    assert len(traced) == 1 and state.step == 2
+    assert state.step == 2
+    again = start(objective, tx)
+    for _ in range(2):
+        again, _ = step(again, make_batch(), jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert len(traced) == 1
     still = [p for p, x in leaves(before.params).items() if np.array_equal(x, leaves(state.params)[p])]
     assert not still, f'parameters that did not move: {still}'
     moved = {p for p, x in leaves(before.aux).items() if not np.array_equal(x, leaves(state.aux)[p])}
     assert {p.split('/')[0] for p in moved} == set(MOVING_AUX[name])
 
 
-@every_objective
-def test_same_seed_same_bits(name):
-    objective, tx = build(name), optax.adam(1e-2)
-    step = jax.jit(make_train_step(objective, build_view(name), tx))
-    one, two = (step(start(objective, tx), make_batch(), jax.random.key(1))[0] for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, one, two)
-
-
 @pytest.mark.parametrize('name, mesh', [
     *((name, dict(data=1, fsdp=2)) for name in tiny.OBJECTIVES),   # splits batch, parameters and aux
-    *((name, mesh) for name in ('mae', 'ibot', 'moco') for mesh in (dict(data=2), dict(data=1, tensor=2)))], ids=str)
+    ('mae', dict(data=2)), ('moco', dict(data=2)), ('mae', dict(data=1, tensor=2))], ids=str)
 def test_sharded_equals_replicated(name, mesh):
     objective, tx = build(name), optax.sgd(0.1)
     key = jax.random.key(1)
