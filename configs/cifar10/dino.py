@@ -3,9 +3,9 @@
 python -m data_prep.image_folder --input=DIR_OR_TAR --output=data/cifar10 --val_fraction=0.1
 python -m ssl_jax.main --config=configs/cifar10/dino.py
 
-Hardware: one GPU; 2 CPU cores for the shortened run below.
+Hardware: one GPU; 2 CPU cores if shortened as below.
 Time: not measured.
-Expected: not run in full. Shortened:
+Expected: not run in full. To shorten it:
   --config.batch=128 --config.duration=500 --config.precision=f32 --config.objective.encoder.width=128
   --config.objective.encoder.depth=4 --config.objective.encoder.heads=4 --config.objective.head.hidden=512
   --config.view.local.count=2 --config.evals.knn.limit=5000 --config.evals.probe.limit=10000

@@ -5,11 +5,12 @@ python -m ssl_jax.main --config=configs/cifar10/simsiam.py
 
 To see the collapse: --config.objective.stop_gradient=False.
 Hardware: one GPU; 2 CPU cores for the shortened run below.
-Time: not measured.
-Expected: not run in full. Shortened:
-  --config.batch=128 --config.duration=500 --config.precision=f32 --config.objective.encoder.width=16
-  --config.objective.projector=256,256 --config.objective.predictor=64, --config.evals.knn.limit=5000
-  --config.evals.probe.limit=10000
+Time: 17 minutes for the shortened run, on cores that had other work too.
+Expected: not run in full. Shortened (as below: 38,400 images): accuracy of 20 nearest neighbours 0.257, with random
+  weights 0.206.
+  --config.batch=128 --config.duration=300 --config.precision=f32 --config.objective.encoder.width=8
+  --config.objective.projector=256,256 --config.objective.predictor=64, --config.optim.lr=0.1
+  --config.evals.knn.limit=2000 --config.evals.knn.every=25%
 """
 from ml_collections import ConfigDict, config_dict
 
