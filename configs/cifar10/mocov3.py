@@ -5,8 +5,8 @@ python -m ssl_jax.main --config=configs/cifar10/mocov3.py
 
 Hardware: one GPU; 2 CPU cores for the shortened run below.
 Time: 11 minutes for the shortened run, on one core.
-Expected: not run in full. Shortened (as below: 51,200 images of 16 pixels): accuracy of 20 nearest neighbours 0.306, with
-  random weights 0.258.
+Expected: not run in full. Shortened (as below: 51,200 images of 16 pixels): accuracy of 20 nearest neighbours 0.306,
+  with random weights 0.258.
   --config.batch=128 --config.duration=400 --config.precision=f32 --config.view.size=16 --config.optim.lr=1e-3
   --config.objective.encoder.width=128 --config.objective.encoder.depth=4 --config.objective.encoder.heads=4
   --config.objective.projector=512,512,128 --config.objective.predictor=512,
