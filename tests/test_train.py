@@ -121,7 +121,7 @@ def watch(monkeypatch):
     return seen, stop
 
 
-@pytest.mark.parametrize('objective', [name for name, spec in tiny.OBJECTIVES.items() if name == spec['name']])
+@pytest.mark.parametrize('objective', sorted(set(tiny.OBJECTIVES) - {'classify-frozen', 'moco'}))   # moco-vit is there
 def test_resume_is_bitwise(objective, stripes, tmp_path, watch):
     seen, stop = watch
     config = tiny.config(stripes / 'data', objective, duration=STEPS)
