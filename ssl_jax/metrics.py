@@ -1,4 +1,4 @@
-"""Where numbers and pictures go (JSONL, TensorBoard, W&B when asked), and the meter behind the progress line."""
+"""Where numbers, pictures and arrays go (JSONL, TensorBoard, W&B when asked), and the meter of the progress line."""
 import json
 import os
 import pathlib
@@ -13,7 +13,9 @@ from ssl_jax.errors import UserError
 
 
 class Writer:
-    """Writes to WORKDIR/metrics.jsonl, images/<tag>/<step>*.png and tensorboard/; only the first process does.
+    """Writes to WORKDIR: metrics.jsonl, images/<tag>/<step>*.png, arrays/<tag>-<step>.npz and tensorboard/.
+
+    Only the first process does.
 
     Args:
       start: the step a run continues from. What an interrupted run logged beyond it is dropped, as it will come again.
@@ -65,6 +67,11 @@ class Writer:
             import wandb
             self._wandb.log({f'{tag}/{name}': wandb.Image(image) for name, image in images.items()}, step=step)
 
+    def arrays(self, step: int, tag: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Curves, confusion matrices and predictions, for reports; see `save_arrays`."""
+        if self._active:
+            save_arrays(self._folder, step, tag, arrays)
+
     def close(self) -> None:
         if self._active:
             self._jsonl.close()
@@ -80,6 +87,31 @@ def save_images(workdir: str | os.PathLike, step: int, tag: str, images: Mapping
     for name, image in images.items():
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f'{step:08d}_{name.replace("/", "_")}.png')
+
+
+def save_arrays(workdir: str | os.PathLike, step: int, tag: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays of any shape as WORKDIR/arrays/<tag>-<step>.npz, where there are any."""
+    if not arrays:
+        return
+    path = pathlib.Path(workdir, 'arrays', f'{tag}-{step:08d}.npz')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    with temporary.open('wb') as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
+def sort_values(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """An evaluator's results as numbers, pictures (uint8, (H, W, 3) or (H, W)) and other arrays."""
+    numbers, pictures, arrays = {}, {}, {}
+    for name, value in values.items():
+        if np.ndim(value) == 0:
+            numbers[name] = float(value)
+        elif value.dtype == np.uint8 and (value.ndim == 2 or value.ndim == 3 and value.shape[2] == 3):
+            pictures[name] = value
+        else:
+            arrays[name] = value
+    return numbers, pictures, arrays
 
 
 def write_atomic(path: pathlib.Path, text: str) -> None:

@@ -14,7 +14,7 @@ from ssl_jax import flops
 from ssl_jax.checkpoint import Checkpoints, graft
 from ssl_jax.errors import UserError
 from ssl_jax.experiment import Run, assemble
-from ssl_jax.metrics import Meter, Progress, Writer, table, write_atomic
+from ssl_jax.metrics import Meter, Progress, Writer, sort_values, table, write_atomic
 from ssl_jax.step import make_train_step
 
 
@@ -75,9 +75,10 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
                     continue
                 found = writer.evaluated(step, tag)
                 if not found:
-                    values = evaluator.run(run.objective, run.view, state)
-                    found = {f'{tag}/{k}': float(v) for k, v in values.items() if np.ndim(v) == 0}
-                    writer.images(step, tag, {k: v for k, v in values.items() if np.ndim(v) > 0})
+                    numbers, pictures, arrays = sort_values(evaluator.run(run.objective, run.view, state))
+                    found = {f'{tag}/{k}': v for k, v in numbers.items()}
+                    writer.images(step, tag, pictures)
+                    writer.arrays(step, tag, arrays)
                     writer.scalars(step, found)
                 results.update(found)
 

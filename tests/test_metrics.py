@@ -3,7 +3,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from ssl_jax.metrics import Meter, Writer, duration, table
+from ssl_jax.metrics import Meter, Writer, duration, save_arrays, sort_values, table
 
 
 def read(folder):
@@ -69,3 +69,16 @@ def test_table_puts_baseline_and_interval_beside_the_metric():
     assert lines[0] == ['metric', 'trained', 'random', 'weights']
     assert lines[2] == ['probe/f1', '0.8', '[0.700,', '0.900]', '0.5'] and lines[3] == ['probe/lr', '0.1']
     assert len(lines) == 4
+
+
+def test_results_are_sorted_and_arrays_kept(tmp_path):
+    values = {'loss': np.float32(2), 'picture': np.zeros((4, 5, 3), 'u1'), 'grey': np.zeros((4, 5), 'u1'),
+              'confusion': np.arange(4).reshape(2, 2), 'class/a b/roc': np.linspace(0, 1, 6).reshape(2, 3)}
+    numbers, pictures, arrays = sort_values(values)
+    assert numbers == {'loss': 2.0} and set(pictures) == {'picture', 'grey'}
+    save_arrays(tmp_path, 7, 'test', arrays)
+    with np.load(tmp_path / 'arrays' / 'test-00000007.npz') as stored:
+        assert set(stored) == {'confusion', 'class/a b/roc'}
+        np.testing.assert_array_equal(stored['confusion'], values['confusion'])
+    save_arrays(tmp_path / 'none', 7, 'test', {})
+    assert not (tmp_path / 'none').exists()

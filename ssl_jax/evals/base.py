@@ -35,7 +35,7 @@ class Evaluator(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, objective: Objective, view: View, state: TrainState) -> Values:
-        """The results for this state: name -> number, or picture (H, W, 3) uint8."""
+        """The results for this state: name -> number, picture (H, W, 3) uint8, or another array."""
 
     def run(self, objective: Objective, view: View, state: TrainState) -> dict[str, float | np.ndarray]:
         """The results of `measure`, and its numbers for random weights as 'random/<name>', measured once."""

@@ -8,7 +8,7 @@ from ssl_jax.errors import UserError, nearest
 
 
 def evaluate(workdir: str, tags: list[str] | None = None) -> dict[str, float]:
-    """Results '<tag>/<metric>' -> number; also written to RUN/evaluation.json, pictures to RUN/images.
+    """Results '<tag>/<metric>' -> number; also in RUN/evaluation.json; pictures in RUN/images, arrays in RUN/arrays.
 
     Args:
       tags: of the evaluators to run; None for all.
@@ -16,11 +16,10 @@ def evaluate(workdir: str, tags: list[str] | None = None) -> dict[str, float]:
       UserError: not a run folder, no checkpoint, no such tag.
     """
     import jax
-    import numpy as np
 
     from ssl_jax.checkpoint import Checkpoints
     from ssl_jax.experiment import assemble
-    from ssl_jax.metrics import save_images, write_atomic
+    from ssl_jax.metrics import save_arrays, save_images, sort_values, write_atomic
 
     path = pathlib.Path(workdir, 'config.json')
     if not path.is_file():
@@ -38,9 +37,10 @@ def evaluate(workdir: str, tags: list[str] | None = None) -> dict[str, float]:
         checkpoints.close()
         results = {}
         for tag in tags or run.evals:
-            values = run.evals[tag].run(run.objective, run.view, state)
-            results |= {f'{tag}/{k}': float(v) for k, v in values.items() if np.ndim(v) == 0}
-            save_images(workdir, step, tag, {k: v for k, v in values.items() if np.ndim(v) > 0})
+            numbers, pictures, arrays = sort_values(run.evals[tag].run(run.objective, run.view, state))
+            results |= {f'{tag}/{k}': v for k, v in numbers.items()}
+            save_images(workdir, step, tag, pictures)
+            save_arrays(workdir, step, tag, arrays)
     write_atomic(pathlib.Path(workdir, 'evaluation.json'), json.dumps({'step': step} | results, indent=2) + '\n')
     return results
 
