@@ -1,12 +1,16 @@
 """Two CPU devices for the whole suite, compiled programs kept for the session, and small data sets."""
+import importlib.metadata
 import os
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
 
-# Compiling costs more than running does here.
+# Compiling costs more than running does here. The flags make it a third; other versions may not know them, and XLA
+# ends the process at a flag that it does not know.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+    os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 
 # Programs compiled once are shared by all tests, their subprocesses and pytest's own workers.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:

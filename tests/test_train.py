@@ -73,7 +73,7 @@ def command(stripes, workdir, *flags):
 
 
 def environment(devices=2, **more):
-    flags = f'--xla_force_host_platform_device_count={devices}'
+    flags = re.sub(r'(device_count)=\d+', rf'\1={devices}', os.environ['XLA_FLAGS'])
     return os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags} | more
 
 
