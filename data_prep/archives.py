@@ -11,14 +11,16 @@ import lzma
 import os
 import pathlib
 import shutil
+import struct
 import tarfile
 import tempfile
 import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
+from ssl_jax.data.source import first_line
 from ssl_jax.errors import UserError
 
 _CODECS = {b'\x1f\x8b': gzip.open, b'\xfd7zXZ\x00': lzma.open, b'BZh': bz2.open}
@@ -54,15 +56,29 @@ class Zip:
     path: str
 
     def files(self) -> list[File]:
-        found = [File(_inside(i.filename, self.path), i.file_size, i.filename)
-                 for i in _open_zip(self.path).infolist() if not i.is_dir()]
+        opened = _open_zip(self.path)
+        found = []
+        for info in opened.infolist():
+            path = _inside(info.filename, self.path)
+            # The directory at the end of a zip has no checksum. A name damaged there would leave a file out, or give
+            # it another class; but each name also stands before its file, and opening the file compares the two.
+            with self._reading(info.filename), opened.open(info):
+                if not info.is_dir():
+                    found.append(File(path, info.file_size, info.filename))
         return sorted(found, key=lambda f: f.path)
 
     def read(self, place: str) -> bytes:
+        opened = _open_zip(self.path)
+        with self._reading(place):
+            return opened.read(place)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
         try:
-            return _open_zip(self.path).read(place)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:   # damage; a password or codec
-            raise UserError(f'{self.path}: {place} cannot be read ({error})') from error
+            yield
+        # Damage of every kind, or a password, or a codec that zipfile lacks.
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f'{self.path}: {name} cannot be read ({first_line(error)})') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +92,21 @@ class Tar:
             with tarfile.open(self.path, 'r:') as tar:
                 for member in tar:
                     path = _inside(member.name, self.name)
-                    if member.isreg():
+                    if member.isreg() and not member.issparse():
                         found.append(File(path, member.size, (member.offset_data, member.size)))
                     elif not member.isdir():
                         raise UserError(f'{self.name}: {member.name} is a link or a special file')
-        except tarfile.TarError as error:
-            raise UserError(f'{self.name} is damaged ({error})') from error
-        size = os.path.getsize(self.path)
-        if any(sum(f.place) > size for f in found):
-            raise UserError(f'{self.name} is truncated')
+                end = tar.offset
+        except (tarfile.TarError, ValueError) as error:     # ValueError: a damaged header of extended attributes
+            raise UserError(f'{self.name} is damaged ({first_line(error)})') from error
+        # tarfile takes a damaged header for the end of the archive, and a cut between two files for a proper end.
+        with open(self.path, 'rb') as file:
+            file.seek(end)
+            block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise UserError(f'{self.name} is truncated: no end mark after {len(found)} files')
+        if block.strip(b'\0'):
+            raise UserError(f'{self.name} is damaged: no header at byte {end}, after {len(found)} files')
         return sorted(found, key=lambda f: f.path)
 
     def read(self, place: tuple[int, int]) -> bytes:
@@ -128,15 +150,22 @@ def open_source(path: str, scratch: pathlib.Path) -> Iterator[Source]:
         with open(descriptor, 'wb') as file:
             fcntl.flock(file, fcntl.LOCK_EX)    # held until the end: it tells this file from an abandoned one
             with codec(path) as stream:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            file.flush()
+                _copy(stream, file, path)
             yield Tar(target, path)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f'{path} is damaged ({error})') from error
     finally:
         pathlib.Path(target).unlink(missing_ok=True)   # missing: a finished conversion removes all of `scratch`
         if made and scratch.is_dir() and not any(scratch.iterdir()):
             scratch.rmdir()
+
+
+def _copy(stream: BinaryIO, file: BinaryIO, path: str) -> None:
+    try:
+        shutil.copyfileobj(stream, file, 1 << 20)
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if getattr(error, 'errno', None) is not None:   # a full disk; gzip and bz2 say damage without a number
+            raise
+        raise UserError(f'{path} is damaged ({first_line(error)})') from error
+    file.flush()
 
 
 def _remove_abandoned(scratch: pathlib.Path) -> None:
@@ -165,7 +194,20 @@ def _open_zip(path: str) -> zipfile.ZipFile:
     version = path, os.stat(path).st_mtime_ns
     if getattr(_local, 'version', None) != version:
         try:
-            _local.zip, _local.version = zipfile.ZipFile(path), version
-        except zipfile.BadZipFile as error:
-            raise UserError(f'{path} is damaged ({error})') from error
+            opened = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, struct.error, RuntimeError, ValueError) as error:
+            raise UserError(f'{path} is damaged ({first_line(error)})') from error
+        # zipfile doesn't compare: a damaged length in the directory can swallow the entries that follow it.
+        count = _entries(path)
+        if count not in (len(opened.infolist()), 0xFFFF):
+            raise UserError(f'{path} is damaged: {len(opened.infolist())} of {count} entries found')
+        _local.zip, _local.version = opened, version
     return _local.zip
+
+
+def _entries(path: str) -> int:
+    """How many entries the record at the end of a zip promises; 0xFFFF in a large one, which has another record."""
+    with open(path, 'rb') as file:
+        file.seek(max(0, os.path.getsize(path) - (1 << 16) - 22))
+        tail = file.read()
+    return int.from_bytes(tail[tail.rfind(b'PK\5\6') + 10:][:2], 'little')

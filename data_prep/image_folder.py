@@ -27,6 +27,7 @@ import numpy as np
 from data_prep import convert
 from data_prep.archives import File, Source, open_source
 from data_prep.convert import ChannelSpec, Dataset, Item
+from data_prep.pictures import check_whole
 from data_prep.shards import PARTIAL
 from data_prep.splits import stratified
 from ssl_jax.data.decode import decode_image
@@ -54,6 +55,7 @@ class _Load:
         for name, place in item.data:
             data = self.source.read(place)
             try:
+                check_whole(data)
                 if not self.convertible:
                     self._check_mode(name, picture_mode(data))
                 if not self.decode:
@@ -220,9 +222,13 @@ def _widest_mode(source: Source, files: Sequence[File], sample: int = 32) -> str
     for k in range(min(sample, len(files))):
         file = files[k * len(files) // min(sample, len(files))]
         try:
-            modes.add(picture_mode(source.read(file.place)))
-        except ValueError as error:
-            raise UserError(f'{file.path}: {first_line(error)}') from error
+            data = source.read(file.place)
+            check_whole(data)
+            modes.add(picture_mode(data))
+        except (ValueError, UserError) as error:    # loading meets it again, and stops there or skips it
+            damage = f'{file.path}: {first_line(error)}'
+    if not modes:
+        raise UserError(damage)
     return max(modes, key=lambda mode: len(CHANNELS[mode]))
 
 

@@ -312,7 +312,8 @@ def test_the_command_and_its_errors(tmp_path):
     assert 'complete already' in command('data_prep.image_folder', *flags).stdout
     result = command('data_prep.image_folder', *flags[:2], '--mode=L')
     assert result.returncode == 2 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
-    assert set(os.listdir(out)) == {'manifest.json', *(s.name for x in manifest.splits.values() for s in x.shards)}
+    shards = {s.name for x in manifest.splits.values() for s in x.shards}
+    assert set(os.listdir(out)) == {'manifest.json', 'train-labels.npy', 'val-labels.npy'} | shards
 
 
 def test_digits(tmp_path):

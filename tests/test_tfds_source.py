@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import sys
 
@@ -59,23 +60,29 @@ class TinyFields(tfds.core.GeneratorBasedBuilder):
 '''
 
 
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory):
-    """Two data sets prepared by TFDS in a data folder of their own, and the module that made them."""
-    folder = tmp_path_factory.mktemp('tfds')
-    (folder / 'tiny_builders').mkdir()
-    (folder / 'tiny_builders' / '__init__.py').write_text('')
-    (folder / 'tiny_builders' / 'builders.py').write_text(MODULE)
+@contextlib.contextmanager
+def prepared(folder, package, source):
+    """The two data sets of MODULE, prepared by TFDS in a data folder of their own; gives the module that made them."""
+    (folder / package).mkdir()
+    (folder / package / '__init__.py').write_text('')
+    (folder / package / 'builders.py').write_text(source)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.setenv('TFDS_DATA_DIR', str(folder / 'data'))   # for worker processes
         patch.setattr(tfds.core.constants, 'DATA_DIR', str(folder / 'data'))
         patch.setenv('SSL_JAX_CACHE', str(folder / 'cache'))
-        module = importlib.import_module('tiny_builders.builders')
-        for builder in (module.TinyScenes, module.TinyFields):
-            builder(file_format='array_record').download_and_prepare()
+        module = importlib.import_module(f'{package}.builders')
+        for builder in vars(module).values():
+            if isinstance(builder, type):
+                builder(file_format='array_record').download_and_prepare()
         yield module
-        sys.modules.pop('tiny_builders.builders')
+        sys.modules.pop(f'{package}.builders')
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    with prepared(tmp_path_factory.mktemp('tfds'), 'tiny_builders', MODULE) as module:
+        yield module
 
 
 def test_manifest_and_batches(scenes, capsys):

@@ -57,6 +57,26 @@ def _png16(data: bytes, picture, channels: int) -> np.ndarray:
     return halves[0] << 8 | halves[1]
 
 
+def decode_label_map(data: bytes) -> np.ndarray:
+    """Decodes a PNG of labels to (H, W), uint8 or uint16: grey values as they are written, or indices of a palette.
+
+    Raises:
+      ValueError: not an image, a damaged one, or one of several channels.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.mode not in ('1', 'L', 'P', 'I;16'):
+                raise ValueError(f'a label map of mode {picture.mode}: expected one channel, or a palette')
+            array = np.asarray(picture)
+            if picture.format == 'PNG' and picture.mode == 'L' and data[24] < 8:    # Pillow spreads 2 and 4 bits to 8
+                array = array // (255 // (2 ** data[24] - 1))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f'{len(data)} bytes are not a readable image ({e})') from e
+    return array.astype(np.uint16 if array.dtype.itemsize == 2 else np.uint8)
+
+
 def unpack_valid(packed: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """np.packbits of a flattened (H, W, V) mask back to bool (H, W, V).
 

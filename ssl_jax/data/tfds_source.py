@@ -25,9 +25,9 @@ class Examples:
 
     def __init__(self, name: str, split: str):
         import tensorflow_datasets as tfds
-        builder = _builder(name)
+        builder = open_builder(name)
         features = dict(builder.info.features)
-        encoded = [k for k in _NAMES if isinstance(features.get(k), tfds.features.Image)]
+        encoded = [k for k in _NAMES if is_encoded(features.get(k))]
         self.root, self.split = f'tfds:{name}', split
         self._source = builder.as_data_source(split, decoders={k: tfds.decode.SkipDecoding() for k in encoded})
         self._has_name = 'file_name' in features
@@ -57,7 +57,7 @@ def manifest(name: str) -> Manifest:
     Raises:
       UserError: unknown, not prepared, not readable without TensorFlow, or without images.
     """
-    info = _builder(name).info
+    info = open_builder(name).info
     found = Manifest(name=f'tfds:{info.full_name}', fields=_fields(info), channels=(), source={'tfds': info.full_name},
                      classes=tuple(info.features['label'].names) if 'label' in _fields(info) else (),
                      splits={k: Split(records=s.num_examples, class_counts=(), groups=0, shards=())
@@ -76,33 +76,59 @@ def manifest(name: str) -> Manifest:
 def prepared(name: str) -> bool:
     """Whether the data set can be read here."""
     try:
-        _builder(name)
+        open_builder(name)
     except UserError:
         return False
     return True
 
 
 @functools.lru_cache(8)
-def _builder(name: str) -> Any:
+def open_builder(name: str, data_dir: str | None = None) -> Any:
+    """The tfds builder of a prepared data set; `data_dir` replaces TFDS_DATA_DIR.
+
+    Raises:
+      UserError: unknown, not prepared, or not readable without TensorFlow.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(f'tfds:{name} needs the package tensorflow_datasets ({error})') from error
     try:
-        builder = tfds.builder(name)
+        builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f'tfds:{name} is neither a data set of TFDS nor one in its data folder '
-                        f'{tfds.core.constants.DATA_DIR}') from error
+                        f'{data_dir or tfds.core.constants.DATA_DIR}') from error
     except (AssertionError, ValueError) as error:   # a version or configuration that does not exist
         raise UserError(f'tfds:{name}: {first_line(error)}') from error
+    check_prepared(builder, f'tfds:{name}')
+    return builder
+
+
+def check_prepared(builder: Any, where: str) -> None:
+    """Raises UserError unless a tfds builder has been prepared in a format with random access."""
+    import tensorflow_datasets as tfds
     readable = {f.value for f in tfds.core.FileFormat.with_random_access()}
     if not builder.info.splits:
-        raise UserError(f'tfds:{name} is not prepared in {builder.data_dir}: run tfds.builder({name!r}, '
+        raise UserError(f'{where} is not prepared in {builder.data_dir}: run tfds.builder({builder.name!r}, '
                         "file_format='array_record').download_and_prepare(), or set TFDS_DATA_DIR")
     if not readable & {f.value for f in builder.info.available_file_formats()}:
-        raise UserError(f'tfds:{name} is prepared as {builder.info.file_format.value}, which has no random access: '
+        raise UserError(f'{where} is prepared as {builder.info.file_format.value}, which has no random access: '
                         f'expected one of {", ".join(sorted(readable))}')
-    return builder
+
+
+def is_encoded(feature: Any) -> bool:
+    """Whether a feature is stored as an image file of its own pixels.
+
+    TFDS writes float images as PNGs of 4 channels that hold the bytes of the floats: those it has to decode itself.
+    """
+    import tensorflow_datasets as tfds
+    return isinstance(feature, tfds.features.Image) and np.dtype(feature.np_dtype).kind == 'u'
+
+
+def channel_names(count: int) -> tuple[str, ...]:
+    """Names for the channels of an image of which nothing else is known."""
+    known = {1: ('grey',), 3: ('red', 'green', 'blue'), 4: ('red', 'green', 'blue', 'alpha')}
+    return known.get(count) or tuple(f'channel{c}' for c in range(count))
 
 
 def _fields(info: Any) -> dict[str, Field]:
@@ -111,7 +137,6 @@ def _fields(info: Any) -> dict[str, Field]:
     image = features.get('image')
     if image is None or len(image.shape) != 3 or image.shape[2] is None:
         raise UserError(f'tfds:{info.full_name} has no feature image of shape (H, W, C), but {", ".join(features)}')
-    is_encoded = lambda feature: isinstance(feature, tfds.features.Image)
     fields = {'image': Field('image', np.dtype(image.np_dtype).name, tuple(image.shape),
                              'png' if is_encoded(image) else 'raw')}
     if isinstance(features.get('label'), tfds.features.ClassLabel):
@@ -139,11 +164,9 @@ def _channels(name: str, info: Any, found: Manifest) -> tuple[Channel, ...]:
         if statistics is None:
             statistics = Statistics(image.dtype.name, np.median(image, (0, 1)))
         statistics.add(image)
-    names = {1: ('grey',), 3: ('red', 'green', 'blue'), 4: ('red', 'green', 'blue', 'alpha')}.get(
-        count, tuple(f'channel{c}' for c in range(count)))
     channels = [Channel(name=n, kind='linear', mean=s.mean, std=s.std, period=None, unit='', minimum=s.minimum,
                         maximum=s.maximum, percentiles=s.percentiles, valid_fraction=1.0)
-                for n, s in zip(names, statistics.summary())]
+                for n, s in zip(channel_names(count), statistics.summary())]
     if info.name == 'imagenet2012':
         channels = [dataclasses.replace(c, mean=255 * m, std=255 * s)
                     for c, m, s in zip(channels, IMAGENET_MEAN, IMAGENET_STD)]
