@@ -1,5 +1,14 @@
 from setuptools import find_packages, setup
 
+# What converters read, each through its own library.
+FORMATS = {
+    'hdf5': ['h5py>=3.11'],            # netCDF 4 is HDF5 too
+    'netcdf': ['scipy>=1.13'],         # classic netCDF
+    'fits': ['astropy>=6.1'],
+    'geotiff': ['rasterio>=1.4'],
+    'parquet': ['pyarrow>=17'],
+}
+
 setup(
     name='ssl_jax',
     version='0.1.0',
@@ -23,6 +32,9 @@ setup(
         'cuda13': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
         'wandb': ['wandb>=0.19'],
-        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.12', 'safetensors>=0.5', 'xarray>=2024.9'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.12', 'safetensors>=0.5', 'xarray>=2024.9',
+                 *(package for packages in FORMATS.values() for package in packages)],
+        **FORMATS,
+        'remote': ['fsspec>=2024.6', 'gcsfs>=2024.6', 's3fs>=2024.6'],      # gs:// and s3:// inputs of converters
     },
 )

@@ -3,25 +3,20 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from data_prep.dataset import Dataset, check_label
+from data_prep.contents import Content
+from data_prep.dataset import Dataset, check_label, pixel_hash
+from data_prep.duplicates import DISTANCE, near_duplicates
+from data_prep.problems import OnError
+from data_prep.shards import Plan
 from data_prep.statistics import Statistics
-from ssl_jax.data.source import Split
 from ssl_jax.errors import UserError
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass
-class Content:
-    """What the shards of a split hold together."""
-    statistics: Statistics
-    split: Split
-    shapes: dict[str, list[int | None]]
-    hashes: np.ndarray      # (n, 2) uint64, in the order of the items
-    blank: list[str]        # keys of examples without a valid pixel
+LISTED = 100   # near-duplicates in the manifest
 
 
 def check_declaration(dataset: Dataset, shard_mb: float, compression: str, workers: int) -> None:
@@ -46,21 +41,32 @@ def check_declaration(dataset: Dataset, shard_mb: float, compression: str, worke
             raise UserError(f'split {split!r}: expected letters, digits and underscores')
 
 
-def check_items(dataset: Dataset, allow_shared_groups: bool, say: Say) -> None:
+def check_items(dataset: Dataset, allow_shared_groups: bool, on_error: OnError, say: Say) -> Dataset:
+    """The data set, under 'skip' without items that have the key of an earlier one or no label of its classes."""
     if 'train' not in dataset.items:
         raise UserError(f"there is no split 'train', only {', '.join(dataset.items)}: statistics are those of 'train'")
-    keys, groups = set(), collections.defaultdict(set)
+    keys, groups, problems, kept = set(), collections.defaultdict(set), list(dataset.problems), {}
     for split, items in dataset.items.items():
-        if not len(items):
-            raise UserError(f'split {split!r} has no examples')
-        for item in items:
-            if item.key in keys:
-                raise UserError(f'example {item.key!r} appears twice: keys must be unique')
+        bad = set()
+        for i, item in enumerate(items):
+            try:
+                if item.key in keys:
+                    raise UserError(f'example {item.key!r} appears twice: keys must be unique')
+                if item.label is not None:
+                    check_label(item.label, dataset.classes, f'example {item.key!r}')
+            except UserError as error:
+                if on_error == 'stop':
+                    raise
+                problems.append((item.key, str(error)))
+                bad.add(i)
+                continue
             keys.add(item.key)
             if item.group:
                 groups[item.group].add(split)
-            if item.label is not None:
-                check_label(item.label, dataset.classes, f'example {item.key!r}')
+        kept[split] = [item for i, item in enumerate(items) if i not in bad] if bad else items
+        if not len(kept[split]):
+            raise UserError(f'split {split!r} has no examples' + (f', {len(problems)} bad ones were left out, such as '
+                                                                 '{}: {}'.format(*problems[0]) if problems else ''))
     shared = sorted(g for g, splits in groups.items() if len(splits) > 1)
     if shared:
         text = f'group {shared[0]!r} is in splits {" and ".join(sorted(groups[shared[0]]))}'
@@ -68,9 +74,11 @@ def check_items(dataset: Dataset, allow_shared_groups: bool, say: Say) -> None:
         if not allow_shared_groups:
             raise UserError(f'{text}: results would look better than they are; --on_shared_group=keep writes it anyway')
         say(f'warning: {text}')
+    return dataclasses.replace(dataset, items=kept, problems=tuple(problems))
 
 
-def check_contents(dataset: Dataset, contents: Mapping[str, Content], allow_duplicates: bool, say: Say) -> None:
+def check_contents(dataset: Dataset, plan: Plan, contents: Mapping[str, Content], allow_duplicates: bool,
+                   say: Say) -> None:
     for problem in channel_problems(dataset, contents['train'].statistics):
         raise UserError(problem)
     for split, content in contents.items():
@@ -80,7 +88,7 @@ def check_contents(dataset: Dataset, contents: Mapping[str, Content], allow_dupl
         missing = [c for c, n in zip(dataset.classes, counts) if not n]
         if missing:
             say(f'warning: {split} has no example of {len(missing)} classes, {missing[0]!r} is one')
-    repeated, shared = _duplicates(dataset, contents)
+    repeated, shared = _duplicates(dataset, plan, contents)
     if repeated:
         say(f'warning: {len(repeated)} images repeat another one of their split: '
             '{0[0]!r} and {1[0]!r} of {0[1]} are identical'.format(*repeated[0]))
@@ -92,21 +100,60 @@ def check_contents(dataset: Dataset, contents: Mapping[str, Content], allow_dupl
         say(f'warning: {text}')
 
 
-def _duplicates(dataset: Dataset, contents: Mapping[str, Content]) -> tuple[list, list]:
+def _duplicates(dataset: Dataset, plan: Plan, contents: Mapping[str, Content]) -> tuple[list, list]:
     """Pairs ((key, split), (key, split)) of examples with the same pixels: in one split, in different ones."""
     hashes = np.concatenate([c.hashes for c in contents.values()])
-    ends = np.cumsum([len(c.hashes) for c in contents.values()])
-    order = np.lexsort(hashes.T)     # stable: equal hashes stay in the order of the examples
-    twins = np.flatnonzero((hashes[order[1:]] == hashes[order[:-1]]).all(1))
+    for i in np.unique(_twins(hashes)):     # of large images, only some rows have been hashed
+        split, place = _located(contents, i)
+        hashes[i] = np.frombuffer(pixel_hash(contents[split].pixels(plan, place)), np.uint64)
     repeated, shared = [], []
-    for first, second in sorted(zip(order[twins].tolist(), order[twins + 1].tolist())):
-        names = []
-        for i in (first, second):
-            k = int(np.searchsorted(ends, i, side='right'))
-            split = list(contents)[k]
-            names.append((dataset.items[split][i - (ends[k] - len(contents[split].hashes))].key, split))
+    for first, second in sorted(_twins(hashes).tolist()):
+        names = [_named(dataset, contents, i) for i in (first, second)]
         (repeated if names[0][1] == names[1][1] else shared).append(names)
     return repeated, shared
+
+
+def _twins(hashes: np.ndarray) -> np.ndarray:
+    """(m, 2): each example with an equal hash and the next one that has it."""
+    order = np.lexsort(hashes.T)     # stable: equal hashes stay in the order of the examples
+    twins = np.flatnonzero((hashes[order[1:]] == hashes[order[:-1]]).all(1))
+    return np.stack([order[twins], order[twins + 1]], 1)
+
+
+def check_near_duplicates(dataset: Dataset, contents: Mapping[str, Content], say: Say) -> dict[str, Any]:
+    """What the manifest tells of examples that look almost like one of an earlier split."""
+    pairs = near_duplicates([c.looks for c in contents.values()])
+    listed = []
+    for first, second, distance in pairs[:LISTED]:
+        (key, split), (of_key, of_split) = _named(dataset, contents, first), _named(dataset, contents, second)
+        listed.append(dict(split=split, key=key, of_split=of_split, of_key=of_key, distance=distance))
+    if pairs:
+        say('warning: {} examples look almost like one of an earlier split: {key!r} of {split} like {of_key!r} of '
+            '{of_split}; the manifest lists {}'.format(len(pairs), len(listed), **listed[0]))
+    return {'distance': DISTANCE, 'count': len(pairs), 'pairs': listed}
+
+
+def _located(contents: Mapping[str, Content], i: int) -> tuple[str, int]:
+    """(split, place in it) of the i-th example of all splits."""
+    for split, content in contents.items():
+        if i < len(content.rows):
+            return split, int(i)
+        i -= len(content.rows)
+    raise IndexError(i)
+
+
+def _named(dataset: Dataset, contents: Mapping[str, Content], i: int) -> tuple[str, str]:
+    """(key, split) of the i-th example of all splits."""
+    split, place = _located(contents, i)
+    return dataset.items[split][contents[split].rows[place]].key, split
+
+
+def report_skipped(problems: Sequence[tuple[str, str, str]], most: int = 5) -> str:
+    """What (split, key, reason) say, with split '' where an example was left out before there were splits."""
+    lines = [f'skipped {len(problems)} bad examples; all are listed in the manifest:']
+    for _, key, reason in problems[:most]:
+        lines.append(f'  {reason}' if key in reason else f'  {key}: {reason}')
+    return '\n'.join(lines + ['  ...'] * (len(problems) > most))
 
 
 def channel_problems(dataset: Dataset, statistics: Statistics) -> list[str]:

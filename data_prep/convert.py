@@ -10,8 +10,10 @@ in the same bytes, for any number of workers.
 
 What is checked, and from what. Before any pixel is read: empty splits, unique keys, groups shared by splits. Before
 writing, a first look at a sample of the train split: fields, value ranges, no-data, constant channels. From every
-pixel, after writing but before the manifest makes the data set usable: the same again, duplicates across splits, and
-the statistics that the manifest carries.
+pixel, after writing but before the manifest makes the data set usable: the same again, duplicates across splits, images
+of one split that look almost like one of another, and the statistics that the manifest carries.
+
+A bad example stops the conversion, or with on_error='skip' is left out and listed in the manifest.
 """
 import argparse
 import dataclasses
@@ -23,28 +25,30 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_prep import checks
-from data_prep.dataset import ChannelSpec, Dataset, Gatherer, Item, common_shape, describe_fields, load_example
-from data_prep.shards import PARTIAL, Plan, Task, own_folder, read_part, write_shards
-from data_prep.statistics import Statistics, Summary
-from ssl_jax.data import records
-from ssl_jax.data.source import MANIFEST, Channel, Manifest, Split, check_size
+from data_prep.contents import Content, collect, report_speed
+from data_prep.dataset import ChannelSpec, Dataset, Item, common_shape
+from data_prep.look import look
+from data_prep.problems import OnError, check_on_error
+from data_prep.shards import PARTIAL, Plan, Task, own_folder, write_shards
+from data_prep.statistics import Summary
+from ssl_jax.data.source import MANIFEST, Channel, Manifest, check_size, labels
 from ssl_jax.errors import UserError
 
 __all__ = ['ChannelSpec', 'Dataset', 'Item', 'add_flags', 'convert', 'options', 'provenance', 'run']
 
 SHARD_RECORDS = 8192   # at most: so that small examples also spread over workers, and little is redone after a kill
-SAMPLE = 32            # examples of the train split that are looked at before writing
 
 
 def convert(dataset: Dataset, out: str | os.PathLike, *, shard_mb: float = 256, compression: str = 'none',
             workers: int = 1, allow_shared_groups: bool = False, allow_duplicates: bool = False,
-            overwrite: bool = False, quiet: bool = False) -> Manifest:
+            overwrite: bool = False, on_error: OnError = 'stop', quiet: bool = False) -> Manifest:
     """Writes `dataset` to the folder `out`, or completes what an interrupted run of the same conversion left there.
 
     Args:
@@ -54,6 +58,7 @@ def convert(dataset: Dataset, out: str | os.PathLike, *, shard_mb: float = 256, 
       allow_shared_groups: write although splits share groups.
       allow_duplicates: write although splits share identical images.
       overwrite: replace another data set in `out`, or write a finished one again.
+      on_error: 'skip' leaves bad examples out and lists them in the manifest's source['skipped'], 'stop' stops there.
       quiet: neither report nor progress bar.
     Returns:
       The manifest as written.
@@ -62,12 +67,13 @@ def convert(dataset: Dataset, out: str | os.PathLike, *, shard_mb: float = 256, 
     """
     say = (lambda text: None) if quiet else print
     out = pathlib.Path(out)
+    check_on_error(on_error)
     checks.check_declaration(dataset, shard_mb, compression, workers)
-    checks.check_items(dataset, allow_shared_groups, say)
-    plan, sample, record_bytes = _look(dataset, out, compression)
+    dataset = checks.check_items(dataset, allow_shared_groups, on_error, say)
+    plan, sample, record_bytes = look(dataset, out, compression, on_error)
     tasks = _assign(dataset, record_bytes, shard_mb)
     fingerprint = _fingerprint(dataset, plan, tasks)
-    manifest = None if overwrite else _complete(out, fingerprint)
+    manifest = None if overwrite else _complete(out, fingerprint, on_error)
     if manifest:
         say(f'{out} is complete already: nothing to do')
         return manifest
@@ -80,44 +86,24 @@ def convert(dataset: Dataset, out: str | os.PathLike, *, shard_mb: float = 256, 
             raise UserError(problem)
         say(f'warning: in the sample, {problem}')
     with own_folder(out, fingerprint, overwrite):
-        write_shards(plan, dataset.items, tasks, workers=workers, quiet=quiet)
-        contents = {s: _collect(plan, dataset, [t for t in tasks if t.split == s]) for s in dataset.items}
+        start = time.perf_counter()
+        written = write_shards(plan, dataset.items, tasks, workers=workers, quiet=quiet)
+        speed = report_speed(plan, written, time.perf_counter() - start)
+        contents = {s: collect(plan, dataset, [t for t in tasks if t.split == s]) for s in dataset.items}
+        skipped = [('', *p) for p in dataset.problems] + [(s, *p) for s, c in contents.items() for p in c.skipped]
+        if skipped:
+            say(checks.report_skipped(skipped))
         for split, content in contents.items():
             say(f'{split}: {content.split.records} examples'
                 f'{checks.report_classes(dataset, content.split.class_counts)}\n'
                 f'{checks.report_channels(dataset, content.statistics)}')
-        checks.check_contents(dataset, contents, allow_duplicates, say)
-        manifest = _manifest(plan, dataset, contents, fingerprint)
+        checks.check_contents(dataset, plan, contents, allow_duplicates, say)
+        near = checks.check_near_duplicates(dataset, contents, say)
+        source = {'skipped': [dict(zip(('split', 'key', 'reason'), p)) for p in skipped], 'near_duplicates': near}
+        manifest = _manifest(plan, dataset, contents, source | {'fingerprint': fingerprint})
         manifest.save(out)
-    say(f'wrote {out / MANIFEST}')
+    say(f'wrote {out / MANIFEST}{speed}')
     return manifest
-
-
-def _look(dataset: Dataset, out: pathlib.Path, compression: str) -> tuple[Plan, Gatherer, float]:
-    """Loads a sample of the train split: the fields, the anchors of the statistics, the mean size of a record."""
-    items = dataset.items['train']
-    count = min(len(items), SAMPLE)
-    with_group = any(item.group for split in dataset.items.values() for item in split)
-    plan, sample, sizes, middles = None, None, [], []
-    for k in range(count):
-        example = load_example(dataset, items[k * len(items) // count], with_group=with_group)
-        middles.append(_middles(example.pixels, example.valid))
-        sizes.append(len(records.encode(example.fields)))
-        if plan is None:
-            codec = 'uncompressed' if compression == 'none' else compression
-            plan = Plan(out, dataclasses.replace(dataset, items={}), describe_fields(example, dataset.encoding),
-                        with_group, (), f'group_size:1,{codec},max_parallelism:1')
-            sample = Gatherer(plan.fields, np.nan_to_num(middles[0]), len(dataset.classes))
-        sample.add(example)
-    known = [[m for m in column if not math.isnan(m)] for column in zip(*middles)]
-    anchors = tuple(float(np.median(m)) if m else 0.0 for m in known)
-    return dataclasses.replace(plan, anchors=anchors), sample, float(np.mean(sizes))
-
-
-def _middles(pixels: np.ndarray, valid: np.ndarray | None) -> list[float]:
-    """Per channel the median of the valid pixels, nan where there are none; every 7th pixel is enough for an anchor."""
-    values = [pixels[..., c] if valid is None else pixels[..., c][valid[..., c]] for c in range(pixels.shape[2])]
-    return [float(np.median(v.reshape(-1)[::7].astype(np.float64))) if v.size else math.nan for v in values]
 
 
 def _assign(dataset: Dataset, record_bytes: float, shard_mb: float) -> list[Task]:
@@ -153,7 +139,7 @@ def _versions() -> dict[str, str]:
     return {p: importlib.metadata.version(p) for p in ('array_record', 'numpy', 'pillow')}
 
 
-def _complete(out: pathlib.Path, fingerprint: str) -> Manifest | None:
+def _complete(out: pathlib.Path, fingerprint: str, on_error: OnError) -> Manifest | None:
     """The manifest of `out` if this very conversion has been finished there; None where there is none."""
     if not (out / MANIFEST).exists():
         return None
@@ -161,33 +147,22 @@ def _complete(out: pathlib.Path, fingerprint: str) -> Manifest | None:
     if manifest.source.get('fingerprint') != fingerprint:
         raise UserError(f'{out} holds another data set, {manifest.name!r} (or other items, options or package versions '
                         'of it): choose another --output, or replace it with --overwrite')
-    for split in manifest.splits.values():
+    skipped = manifest.source['skipped']
+    if skipped and on_error == 'stop':
+        raise UserError(f'{out} was written without {len(skipped)} bad examples, such as {skipped[0]["key"]!r} '
+                        f'({skipped[0]["reason"]}): --on_error=skip takes it so, --overwrite writes it again')
+    for name, split in manifest.splits.items():
         for shard in split.shards:
             check_size(out, shard)
+        if split.labels:
+            labels(out, name, manifest)
     if (out / PARTIAL).exists():   # killed after the manifest was written
         shutil.rmtree(out / PARTIAL)
     return manifest
 
 
-def _collect(plan: Plan, dataset: Dataset, tasks: Sequence[Task]) -> checks.Content:
-    """Merges the parts of a split in the order of its shards, whatever the order in which they were written."""
-    statistics = Statistics(plan.fields['image'].dtype, plan.anchors)
-    counts = np.zeros(len(dataset.classes), np.int64)
-    shards, hashes, blank, shapes = [], [], [], {}
-    for task in tasks:
-        part = read_part(plan.out, task.name)
-        statistics.merge(part['statistics'])
-        counts += part['class_counts']
-        shards.append(part['shard'])
-        hashes.append(part['hashes'])
-        blank += part['blank']
-        shapes = {k: common_shape(shapes.get(k, s), s) for k, s in part['shapes'].items()}
-    groups = len({item.group for item in dataset.items[tasks[0].split] if item.group})
-    split = Split(sum(s.records for s in shards), tuple(counts.tolist()), groups, tuple(shards))
-    return checks.Content(statistics, split, shapes, np.concatenate(hashes), blank)
-
-
-def _manifest(plan: Plan, dataset: Dataset, contents: Mapping[str, checks.Content], fingerprint: str) -> Manifest:
+def _manifest(plan: Plan, dataset: Dataset, contents: Mapping[str, Content],
+              found: Mapping[str, Any]) -> Manifest:
     shapes = {}
     for content in contents.values():
         shapes = {k: common_shape(shapes.get(k, s), s) for k, s in content.shapes.items()}
@@ -195,16 +170,16 @@ def _manifest(plan: Plan, dataset: Dataset, contents: Mapping[str, checks.Conten
     channels = tuple(_channel(c, s) for c, s in zip(dataset.channels, contents['train'].statistics.summary()))
     source = json.loads(json.dumps(dict(dataset.source), default=_plain))
     return Manifest(dataset.name, fields, channels, tuple(dataset.classes), {k: c.split for k, c in contents.items()},
-                    source | {'versions': _versions(), 'records': plan.options, 'fingerprint': fingerprint})
+                    source | {'versions': _versions(), 'records': plan.options} | found)
 
 
 def _channel(spec: ChannelSpec, s: Summary) -> Channel:
     period = None if spec.period is None else float(spec.period)
     return Channel(spec.name, spec.kind, s.mean, s.std, period, spec.unit, s.minimum, s.maximum, s.percentiles,
-                   s.valid / s.pixels)
+                   s.valid / s.pixels, s.histogram)
 
 
-_FLAGS = ('output', 'workers', 'compression', 'shard_mb', 'on_shared_group', 'on_duplicate', 'overwrite')
+_FLAGS = ('output', 'workers', 'compression', 'shard_mb', 'on_shared_group', 'on_duplicate', 'on_error', 'overwrite')
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +190,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--shard_mb', type=float, default=256, help='size of a shard in MB (default: 256)')
     parser.add_argument('--on_shared_group', choices=('error', 'keep'), default='error', help='splits share a group')
     parser.add_argument('--on_duplicate', choices=('error', 'keep'), default='error', help='splits share an image')
+    parser.add_argument('--on_error', choices=('stop', 'skip'), default='stop', help='an example cannot be read')
     parser.add_argument('--overwrite', action='store_true', help='replace the data set in the output folder')
 
 
@@ -222,7 +198,8 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `convert` from the flags of `add_flags`."""
     return dict(workers=arguments.workers, compression=arguments.compression, shard_mb=arguments.shard_mb,
                 allow_shared_groups=arguments.on_shared_group == 'keep',
-                allow_duplicates=arguments.on_duplicate == 'keep', overwrite=arguments.overwrite)
+                allow_duplicates=arguments.on_duplicate == 'keep', on_error=arguments.on_error,
+                overwrite=arguments.overwrite)
 
 
 def provenance(converter: str, arguments: argparse.Namespace) -> dict[str, Any]:

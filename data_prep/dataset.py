@@ -1,15 +1,32 @@
 """What a converter describes, and the check of every example against it."""
 import dataclasses
+import errno
+import functools
 import hashlib
+import lzma
+import math
+import struct
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from data_prep.duplicates import perceptual_hash
 from data_prep.statistics import FLOATS, INTEGERS, Statistics
+from ssl_jax.data import records
 from ssl_jax.data.decode import decode_image
 from ssl_jax.data.source import Field, first_line
 from ssl_jax.errors import UserError
+
+# What readers of damaged files raise. KeyError, TypeError and their like are left out: they are faults of a converter.
+_DAMAGE = (ValueError, OSError, EOFError, RuntimeError, ArithmeticError, SyntaxError, struct.error, zlib.error,
+           lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+_FAULTS = (NotImplementedError, RecursionError)
+SAMPLED = 1 << 16    # bytes: hashing all of a large image takes as long as copying it
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +65,7 @@ class Dataset:
     source: Mapping[str, Any]           # provenance, JSON values; the same in every rerun of a command
     encoding: str = 'raw'               # of the image: 'raw', 'png', 'jpeg'
     always_valid: bool = False          # promises that no float pixel is NaN: then no validity mask is stored
+    problems: tuple[tuple[str, str], ...] = ()   # (key, reason) of what was left out while listing: Problems.found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +74,15 @@ class Example:
     key: str
     fields: dict[str, Any]              # what its record holds
     pixels: np.ndarray                  # (H, W, C), decoded
-    valid: np.ndarray | None            # bool (H, W, C)
+    valid: np.ndarray | None            # bool (H, W, C); None = all, although there may be a field 'valid'
 
     def signature(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Field name -> (dtype, shape), of the decoded values."""
         found = {}
         for name, value in (self.fields | {'image': self.pixels}).items():
-            value = self.valid if name == 'valid' else value
-            found[name] = ('str', ()) if isinstance(value, str) else (np.asarray(value).dtype.name, np.shape(value))
+            found[name] = ('str', ()) if isinstance(value, str) else (_name(np.asarray(value).dtype), np.shape(value))
+        if 'valid' in found:
+            found['valid'] = 'bool', self.pixels.shape
         return found
 
 
@@ -71,15 +90,12 @@ def load_example(dataset: Dataset, item: Any, *, with_group: bool) -> Example:
     """Loads an item and checks it.
 
     Raises:
-      UserError: naming the example, where its image, label, mask or label map doesn't fit the declaration, or a pixel
-        is infinite.
+      UserError: naming the example, where it cannot be read, its image, label, mask or label map doesn't fit the
+        declaration, or a pixel is infinite. Only this means that the example is bad: what else comes out of
+        `dataset.load` is a fault of the converter, or of the machine, and passes.
     """
     where = f'example {item.key!r}'
-    try:
-        loaded = dict(dataset.load(item))
-    except Exception as error:
-        error.add_note(f'while loading {where}')
-        raise
+    loaded = _load(dataset, item, where)
     image = loaded.pop('image')
     if dataset.encoding == 'raw':
         image = np.asarray(image)
@@ -87,13 +103,14 @@ def load_example(dataset: Dataset, item: Any, *, with_group: bool) -> Example:
     else:
         try:
             pixels = decode_image(image, len(dataset.channels))
-        except ValueError as error:
+        except _DAMAGE as error:
             raise UserError(f'{where}: {first_line(error)}') from error
-    _check_pixels(dataset, pixels, where)
+    missing = _check_pixels(dataset, pixels, where)
     fields = {'image': image}
-    valid = _validity(dataset, pixels, loaded.pop('valid', None), where)
+    valid = _validity(dataset, pixels, missing, loaded.pop('valid', None), where)
     if valid is not None:
         fields['valid'] = np.packbits(valid)
+        valid = None if valid.all() else valid
     label = loaded.pop('label', item.label)
     if label is not None:
         check_label(label, dataset.classes, where)
@@ -109,6 +126,53 @@ def load_example(dataset: Dataset, item: Any, *, with_group: bool) -> Example:
     return Example(item.key, fields | loaded, pixels, valid)
 
 
+def encode_example(example: Example) -> bytes:
+    """Its record.
+
+    Raises:
+      UserError: a field has a dtype that records don't hold.
+    """
+    try:
+        return records.encode(example.fields)
+    except ValueError as error:
+        raise UserError(f'example {example.key!r}: {first_line(error)}') from error
+
+
+def _load(dataset: Dataset, item: Any, where: str) -> dict[str, Any]:
+    try:
+        return dict(dataset.load(item))
+    except UserError as error:
+        if '\n' in str(error):
+            raise UserError(first_line(error)) from error
+        raise
+    except _DAMAGE as error:
+        # A full disk, or too many open files, say nothing about this example, nor does a missing piece of code.
+        if getattr(error, 'errno', None) not in _MACHINE and not isinstance(error, _FAULTS):
+            name = getattr(error, 'filename', None)
+            reason = f'{error.strerror}: {name}' if name else f'{type(error).__name__}: {first_line(error)}'
+            raise UserError(f'{where} cannot be read ({reason})') from error
+        error.add_note(f'while loading {where}')
+        raise
+    except Exception as error:
+        error.add_note(f'while loading {where}')
+        raise
+
+
+_name = functools.lru_cache(64)(lambda dtype: dtype.name)     # which numpy composes anew on every access
+
+
+def pixel_hash(pixels: np.ndarray, most: float = math.inf) -> bytes:
+    """16 bytes that agree for equal images, and for others that differ only in the rows left out to hash few bytes.
+
+    Args:
+      most: about so many bytes are hashed.
+    """
+    rows = pixels[::max(1, int(pixels.nbytes // most))]
+    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())    # faster than blake2b on most machines
+    digest.update(np.ascontiguousarray(rows))
+    return digest.digest()[:16]
+
+
 class Gatherer:
     """Checks that examples have the same fields, and gathers what is told of them: the content of a shard, or a sample.
 
@@ -122,10 +186,17 @@ class Gatherer:
         self.statistics = Statistics(fields['image'].dtype, anchors)
         self.class_counts = np.zeros(classes, np.int64)
         self.shapes: dict[str, list[int | None]] = {}
+        self.labels: list[np.ndarray] = []
         self.hashes: list[bytes] = []
+        self.looks: list[int] = []      # perceptual hashes
         self.blank: list[str] = []      # examples without a valid pixel
 
     def add(self, example: Example) -> None:
+        """Adds an example, or nothing of it.
+
+        Raises:
+          UserError: it has other fields than `fields`, or of other dtypes.
+        """
         signature = example.signature()
         for name in self.fields | signature:
             dtype, shape = signature.get(name, ('missing', ()))
@@ -133,16 +204,22 @@ class Gatherer:
             if known is None or (dtype, len(shape)) != (known.dtype, len(known.shape)):
                 others = f'{known.dtype} with {len(known.shape)} axes' if known else 'no such field'
                 raise UserError(f'example {example.key!r}: field {name!r} is {dtype} {shape}, others have {others}')
-            self.shapes[name] = common_shape(self.shapes.get(name, shape), shape)
+        self.shapes = {k: common_shape(self.shapes.get(k, shape), shape) for k, (_, shape) in signature.items()}
         self.statistics.add(example.pixels, example.valid)
         if example.valid is not None and not example.valid.any():
             self.blank.append(example.key)
         if 'label' in example.fields:
             label = example.fields['label']
             self.class_counts += label > 0 if label.ndim else np.arange(len(self.class_counts)) == label
-        digest = hashlib.blake2b(repr(example.pixels.shape).encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(example.pixels))
-        self.hashes.append(digest.digest())
+            self.labels.append(label)
+        self.hashes.append(pixel_hash(example.pixels, SAMPLED))
+        self.looks.append(perceptual_hash(example.pixels, example.valid))
+
+    def label_array(self) -> np.ndarray:
+        """The labels, (n,) or (n, K); empty for unlabelled data."""
+        if 'label' not in self.fields:
+            return np.zeros(0, np.int32)
+        return np.array(self.labels, self.fields['label'].dtype).reshape(-1, *self.fields['label'].shape)
 
 
 def common_shape(a: Sequence[int | None], b: Sequence[int | None]) -> list[int | None]:
@@ -171,27 +248,33 @@ def check_label(label: Any, classes: Sequence[str], where: str) -> None:
                         f'{len(classes)} classes')
 
 
-def _check_pixels(dataset: Dataset, pixels: np.ndarray, where: str) -> None:
-    if pixels.dtype.name not in INTEGERS + FLOATS:
+def _check_pixels(dataset: Dataset, pixels: np.ndarray, where: str) -> np.ndarray | None:
+    """Returns where pixels are NaN, or None if none is."""
+    name = _name(pixels.dtype)
+    if name not in INTEGERS + FLOATS:
         raise UserError(f'{where}: the image is {pixels.dtype}, expected one of {", ".join(INTEGERS + FLOATS)}')
     names = [c.name for c in dataset.channels]
     if pixels.ndim != 3 or pixels.shape[2] != len(names) or not pixels.size:
         expected = f'(H, W, {len(names)}) for {", ".join(names)}'
         raise UserError(f'{where}: the image has shape {pixels.shape}, expected {expected}')
-    if pixels.dtype.name in FLOATS:
-        infinite = np.isinf(pixels).any((0, 1))
-        if infinite.any():
-            raise UserError(f'{where}: channel {names[infinite.argmax()]!r} has infinite pixels: no data is NaN')
-        if dataset.always_valid and np.isnan(pixels).any():
-            raise UserError(f'{where} has NaN pixels, but the converter declares every pixel valid')
+    if name not in FLOATS or np.isfinite(pixels).all():
+        return None
+    infinite = np.isinf(pixels)
+    if infinite.any():
+        name = names[infinite.any((0, 1)).argmax()]
+        raise UserError(f'{where}: channel {name!r} has infinite pixels: no data is NaN')
+    if dataset.always_valid:
+        raise UserError(f'{where} has NaN pixels, but the converter declares every pixel valid')
+    return np.isnan(pixels)
 
 
-def _validity(dataset: Dataset, pixels: np.ndarray, given: Any, where: str) -> np.ndarray | None:
+def _validity(dataset: Dataset, pixels: np.ndarray, missing: np.ndarray | None, given: Any,
+              where: str) -> np.ndarray | None:
     nodata = [() if c.nodata is None else np.atleast_1d(c.nodata) for c in dataset.channels]
-    floating = pixels.dtype.name in FLOATS and not dataset.always_valid
+    floating = pixels.dtype.kind == 'f' and not dataset.always_valid
     if not floating and given is None and not any(map(len, nodata)):
         return None
-    valid = ~np.isnan(pixels) if floating else np.ones(pixels.shape, bool)
+    valid = np.ones(pixels.shape, bool) if missing is None else ~missing
     for c, values in enumerate(nodata):
         for value in values:
             valid[..., c] &= pixels[..., c] != value

@@ -6,8 +6,9 @@
 
 Paths are `<split>/<class>/x.jpg`, with splits train, val (or valid, validation) and test; or `<class>/x.jpg`, split at
 random by `--val_fraction` and `--test_fraction`, stratified by class, by whole groups where `--group_regex` finds
-one in the path. Where train is given and val is not, `--val_fraction` takes it out of train. Images that lie in no
-class folder, or `--unlabelled`, make an unlabelled data set; deeper folders belong to the class that they are in.
+one in the path; or split as `--split_file` says. Where train is given and val is not, `--val_fraction` takes it out of
+train. Images that lie in no class folder, or `--unlabelled`, make an unlabelled data set; deeper folders belong to the
+class that they are in.
 
 An image is one file of 1 to 4 channels, 8 or 16 bits; PNG and JPEG bytes are copied as they are (`--decode` stores
 pixels instead). With `--channels`, it is a folder that holds one single-channel file per channel.
@@ -29,7 +30,7 @@ from data_prep.archives import File, Source, open_source
 from data_prep.convert import ChannelSpec, Dataset, Item
 from data_prep.pictures import check_whole
 from data_prep.shards import PARTIAL
-from data_prep.splits import stratified
+from data_prep.splits import from_file, stratified
 from ssl_jax.data.decode import decode_image
 from ssl_jax.data.source import first_line
 from ssl_jax.errors import UserError
@@ -114,7 +115,8 @@ def read_pixels(data: bytes, channels: int) -> np.ndarray:
 
 def describe(source: Source, *, name: str, channels: Sequence[str] = (), kinds: str = '', nodata: str = '',
              mode: str | None = None, decode: bool = False, unlabelled: bool = False, val_fraction: float = 0,
-             test_fraction: float = 0, seed: int = 0, group_regex: str = '', provenance: Mapping[str, Any]) -> Dataset:
+             test_fraction: float = 0, seed: int = 0, split_file: str = '', group_regex: str = '',
+             provenance: Mapping[str, Any]) -> Dataset:
     """The data set of an image folder or archive; the arguments are the flags of this converter.
 
     Raises:
@@ -134,7 +136,7 @@ def describe(source: Source, *, name: str, channels: Sequence[str] = (), kinds: 
         item = Item(key, _group(key, group_regex), None if label is None else classes.index(label),
                     tuple((f.path, f.place) for f in parts))
         items.setdefault(split, []).append(item)
-    items = _split(items, {'val': val_fraction, 'test': test_fraction}, seed)
+    items = _split(items, {'val': val_fraction, 'test': test_fraction}, seed, split_file)
 
     encodings = {SUFFIXES[pathlib.PurePath(f.path).suffix.lower()] for parts in examples.values() for f in parts}
     raw = decode or bool(channels) or 'raw' in encodings
@@ -207,7 +209,13 @@ def _group(key: str, regex: str) -> str:
     return match.group(1 if match.re.groups else 0)
 
 
-def _split(items: Mapping[str | None, list[Item]], fractions: Mapping[str, float], seed: int) -> dict[str, list[Item]]:
+def _split(items: Mapping[str | None, list[Item]], fractions: Mapping[str, float], seed: int,
+           split_file: str) -> dict[str, list[Item]]:
+    if split_file:
+        if any(fractions.values()) or 'train' in items:
+            other = 'the folders tell the splits' if 'train' in items else '--val_fraction or --test_fraction is given'
+            raise UserError(f'--split_file={split_file}: {other} already')
+        return from_file(items[None], split_file)
     fractions = {s: f for s, f in fractions.items() if f}
     for split in fractions:
         if split in items:
@@ -265,6 +273,7 @@ def main() -> None:
     parser.add_argument('--val_fraction', type=float, default=0.0)
     parser.add_argument('--test_fraction', type=float, default=0.0)
     parser.add_argument('--seed', type=int, default=0, help='of the random split')
+    parser.add_argument('--split_file', default='', help='JSON {split: [path]}, or CSV with lines path,split')
     parser.add_argument('--group_regex', default='', help='finds the group in the path: splits do not share groups')
     convert.add_flags(parser)
     a = parser.parse_args()
@@ -273,7 +282,8 @@ def main() -> None:
             source, name=a.name or pathlib.Path(a.input).resolve().name.split('.')[0], kinds=a.kinds, nodata=a.nodata,
             channels=a.channels.split(',') if a.channels else (), mode=a.mode, decode=a.decode, seed=a.seed,
             unlabelled=a.unlabelled, val_fraction=a.val_fraction, test_fraction=a.test_fraction,
-            group_regex=a.group_regex, provenance=convert.provenance('data_prep.image_folder', a))
+            split_file=a.split_file, group_regex=a.group_regex,
+            provenance=convert.provenance('data_prep.image_folder', a))
         convert.convert(dataset, a.output, **convert.options(a))
 
 

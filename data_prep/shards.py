@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.dataset import Dataset, Gatherer, load_example
+from data_prep.dataset import Dataset, Gatherer, encode_example, load_example
+from data_prep.problems import OnError
 from ssl_jax.data import records
 from ssl_jax.data.source import MANIFEST, Field, Shard, first_line, open_shard, sync_folder, write_atomic
 from ssl_jax.errors import UserError
@@ -39,6 +40,7 @@ class Plan:
     with_group: bool
     anchors: tuple[float, ...]      # of the statistics
     options: str                    # of ArrayRecord
+    on_error: OnError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +56,17 @@ class Task:
 
 
 def write_shards(plan: Plan, items: Mapping[str, Sequence[Any]], tasks: Sequence[Task], *, workers: int,
-                 quiet: bool) -> None:
+                 quiet: bool) -> list[Task]:
     """Writes the shards that are not finished yet, showing progress.
 
+    Returns:
+      Those.
     Raises:
-      UserError: an example is bad, a worker died, or a shard cannot be written (a full disk).
+      UserError: an example is bad (unless it is to be skipped), a worker died, or a shard cannot be written (a full
+        disk).
     """
     from tqdm import tqdm
-    todo = [t for t in tasks if not _finished(plan.out, t.name)]
+    todo = [t for t in tasks if not _finished(plan, t.name)]
     total, left = sum(map(len, tasks)), sum(map(len, todo))
     bar = tqdm(total=total, initial=total - left, unit='example', disable=quiet, smoothing=0.05,
                mininterval=0.5 if sys.stderr.isatty() else 10)
@@ -76,13 +81,17 @@ def write_shards(plan: Plan, items: Mapping[str, Sequence[Any]], tasks: Sequence
         finally:
             for leftover in (plan.out / PARTIAL).glob('*.tmp'):
                 leftover.unlink()
+    return todo
 
 
 def read_part(out: pathlib.Path, name: str) -> dict[str, Any]:
-    """What is known of a finished shard: 'shard', 'class_counts', 'shapes', 'hashes', 'blank', 'statistics'."""
+    """What is known of a finished shard: 'shard' and 'statistics', and of `Gatherer` the attributes of these names.
+
+    'skipped' holds the bad examples as [place in the run of items, reason].
+    """
     fields = records.decode((out / PARTIAL / f'{name}.part').read_bytes())
-    texts = {k: json.loads(fields.pop(k)) for k in ('shard', 'shapes', 'blank')}
-    own = {k: fields.pop(k) for k in ('class_counts', 'hashes')}
+    texts = {k: json.loads(fields.pop(k)) for k in ('shard', 'shapes', 'blank', 'skipped')}
+    own = {k: fields.pop(k) for k in ('class_counts', 'labels', 'hashes', 'looks')}
     return texts | own | {'shard': Shard(**texts['shard']), 'statistics': fields}
 
 
@@ -107,16 +116,19 @@ def own_folder(out: pathlib.Path, fingerprint: str, overwrite: bool) -> Iterator
         if not ours or (out / MANIFEST).exists():
             # The manifest goes first: without it nothing that is left passes for a data set.
             (out / MANIFEST).unlink(missing_ok=True)
-            for path in [*out.glob('*.arrayrecord'), *partial.glob('*.part'), *partial.glob('*.tmp')]:
+            owned = [(out, '*.arrayrecord'), (out, '*-labels.npy'), (partial, '*.part'), (partial, '*.tmp')]
+            for path in [path for folder, pattern in owned for path in folder.glob(pattern)]:
                 path.unlink()
         write_atomic(plan, fingerprint.encode())
         yield
     shutil.rmtree(partial)
 
 
-def _finished(out: pathlib.Path, name: str) -> bool:
+def _finished(plan: Plan, name: str) -> bool:
     try:
-        return (out / name).stat().st_size == read_part(out, name)['shard'].bytes
+        part = read_part(plan.out, name)
+        return ((plan.out / name).stat().st_size == part['shard'].bytes
+                and not (part['skipped'] and plan.on_error == 'stop'))
     except FileNotFoundError:
         return False
 
@@ -125,26 +137,33 @@ def _write(plan: Plan, name: str, items: Sequence[Any], tick: Callable[[], Any])
     """Writes one shard; `tick` is called after each example."""
     from array_record.python.array_record_module import ArrayRecordWriter
     temporary = plan.out / PARTIAL / f'{name}.tmp'
-    gathered = Gatherer(plan.fields, plan.anchors, len(plan.dataset.classes))
+    gathered, skipped = Gatherer(plan.fields, plan.anchors, len(plan.dataset.classes)), []
     with _writing(plan.out / name):
         writer = ArrayRecordWriter(str(temporary), plan.options)
-    for item in items:
-        example = load_example(plan.dataset, item, with_group=plan.with_group)
-        gathered.add(example)
-        record = records.encode(example.fields)
-        with _writing(plan.out / name):
-            writer.write(record)
+    for i, item in enumerate(items):
+        try:
+            example = load_example(plan.dataset, item, with_group=plan.with_group)
+            record = encode_example(example)
+            gathered.add(example)
+        except UserError as error:
+            if plan.on_error == 'stop':
+                raise
+            skipped.append([i, str(error)])
+        else:
+            with _writing(plan.out / name):
+                writer.write(record)
         tick()
     with _writing(plan.out / name):
         writer.close()
     with open(temporary, 'rb') as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    shard = Shard(name, len(items), temporary.stat().st_size, digest)
+    shard = Shard(name, len(gathered.hashes), temporary.stat().st_size, digest)
     open_shard(temporary.parent, dataclasses.replace(shard, name=temporary.name))
     write_atomic(temporary.with_name(f'{name}.part'), records.encode({
         'shard': json.dumps(dataclasses.asdict(shard)), 'shapes': json.dumps(gathered.shapes),
-        'blank': json.dumps(gathered.blank), 'class_counts': gathered.class_counts,
+        'blank': json.dumps(gathered.blank), 'skipped': json.dumps(skipped), 'class_counts': gathered.class_counts,
+        'labels': gathered.label_array(), 'looks': np.array(gathered.looks, np.uint64),
         'hashes': np.frombuffer(b''.join(gathered.hashes), np.uint64).reshape(-1, 2), **gathered.statistics.state()}))
     os.replace(temporary, plan.out / name)
     sync_folder(plan.out)

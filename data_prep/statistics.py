@@ -9,14 +9,18 @@ the same data give the same bits for any number of workers.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+OUTER = (0.1, 99.9)   # percentiles between which the histogram of a channel lies
+BINS = 256            # of it
 INTEGERS = ('uint8', 'int8', 'uint16', 'int16')
 FLOATS = ('float16', 'float32')
 _BITS = 18
-_FLUSH = 1 << 20   # values held back, so that small images are counted many at a time
+_MAGNITUDE = (1 << _BITS - 1) - 1   # of a bin's number, all bits but the sign
+_FLUSH = 1 << 17   # values held back, so that small images are counted many at a time, and large ones in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Summary:
     percentiles: Mapping[str, float]
     valid: int
     pixels: int
+    histogram: Mapping[str, Any] | None     # see ssl_jax.data.source.Channel; None where no pixel is valid
 
 
 class Statistics:
@@ -65,17 +70,20 @@ class Statistics:
         held, self._held, self._count = self._held, [], 0
         for c in range(len(self.anchors) if held else 0):
             self.pixels[c] += sum(len(v) for v, _ in held)
-            x = np.concatenate([v[:, c] if m is None else v[m[:, c], c] for v, m in held])
+            x = np.concatenate([_chosen(v[:, c], None if m is None else m[:, c]) for v, m in held])
             if not len(x):
                 continue
             if self.exact:
-                index = x.astype(np.int32) - self.first
+                x = x.astype(np.int32) - self.first if self.first else x
+                self.histogram[c] += np.bincount(x, minlength=self.histogram.shape[1])
             else:
                 self.limits[c] = min(self.limits[c, 0], x.min()), max(self.limits[c, 1], x.max())
-                x = x.astype(np.float64) - self.anchors[c]
-                self.sums[c] += x.sum(), np.square(x).sum()
-                index = _ordered(x.astype(np.float32)) >> (32 - _BITS)
-            self.histogram[c] += np.bincount(index, minlength=self.histogram.shape[1])
+                x = x.astype(np.float64)
+                x -= self.anchors[c]
+                # Not np.dot: the result of BLAS depends on its number of threads.
+                self.sums[c] += x.sum(), np.einsum('i,i->', x, x)
+                index = (x.astype(np.float32).view(np.uint32) >> (32 - _BITS)).astype(np.intp)
+                np.add.at(self.histogram[c], index, 1)      # few of so many bins are in use
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything as arrays for `merge`, the histograms sparse."""
@@ -102,7 +110,7 @@ class Statistics:
         counts, pixels = self.histogram[c], int(self.pixels[c])
         n = int(counts.sum())
         if not n:
-            return Summary(*[float('nan')] * 4, {str(p): float('nan') for p in PERCENTILES}, 0, pixels)
+            return Summary(*[float('nan')] * 4, {str(p): float('nan') for p in PERCENTILES}, 0, pixels, None)
         bins = np.flatnonzero(counts)
         if self.exact:
             # Python's integers: the sum of the squares of many 16-bit values passes 2**63.
@@ -110,37 +118,59 @@ class Statistics:
             total, square = sum(v * k for v, k in values), sum(v * v * k for v, k in values)
             mean, variance = total / n, (n * square - total * total) / (n * n)
             minimum, maximum = float(values[0][0]), float(values[-1][0])
+            low = high = bins + float(self.first)
         else:
             shift, square = self.sums[c] / n
             mean, variance = self.anchors[c] + shift, max(square - shift * shift, 0.0)
             minimum, maximum = map(float, self.limits[c])
+            # In the order of their values: floats are sign and magnitude.
+            bins = np.concatenate([bins[bins > _MAGNITUDE][::-1], bins[bins <= _MAGNITUDE]])
+            low, high = (np.clip(self.anchors[c] + edge, minimum, maximum) for edge in _edges(bins))
         ends = np.cumsum(counts[bins])
 
         def ranked(k: int) -> float:
             """The k-th smallest value: exact for integers, else as if a bin's values lay evenly in it."""
             i = int(np.searchsorted(ends, k, side='right'))
-            if self.exact:
-                return float(bins[i] + self.first)
-            low, high = _edge(bins[i]), _edge(bins[i] + 1)
             inside = (k - ends[i] + counts[bins[i]] + 0.5) / counts[bins[i]]
-            return float(np.clip(self.anchors[c] + low + inside * (high - low), minimum, maximum))
+            return float(low[i] + inside * (high[i] - low[i]))
 
-        percentiles = {}
-        for p in PERCENTILES:
+        def percentile(p: float) -> float:
             rank = p / 100 * (n - 1)
-            low, high = ranked(math.floor(rank)), ranked(math.ceil(rank))
-            percentiles[str(p)] = low + (rank - math.floor(rank)) * (high - low)
-        return Summary(float(mean), math.sqrt(variance), minimum, maximum, percentiles, n, pixels)
+            a, b = ranked(math.floor(rank)), ranked(math.ceil(rank))
+            return a + (rank - math.floor(rank)) * (b - a)
+
+        percentiles = {str(p): percentile(p) for p in PERCENTILES}
+        histogram = _even_bins(low, high, ends, *map(percentile, OUTER))
+        return Summary(float(mean), math.sqrt(variance), minimum, maximum, percentiles, n, pixels, histogram)
 
 
-def _ordered(x: np.ndarray) -> np.ndarray:
-    """float32 to uint32 that sort alike."""
-    negative = (x.view(np.int32) >> 31).view(np.uint32)     # all bits of the negative ones, none of the others
-    return x.view(np.uint32) ^ (negative | np.uint32(1 << 31))
+def _even_bins(low: np.ndarray, high: np.ndarray, ends: np.ndarray, first: float, last: float) -> dict[str, Any]:
+    """Counts in bins of equal width from `first` to `last`, which belongs to the last bin.
+
+    Args:
+      low, high: (m,) edges of the given bins, in which values lie evenly; the same where a bin is a single value.
+      ends: (m,) values up to each bin.
+    """
+    edges = np.linspace(first, last, BINS + 1)
+    below = np.append(0, ends)[np.append(np.searchsorted(high, edges[:-1]), np.searchsorted(low, last, side='right'))]
+    if first < last and (low < high).any():
+        starts = np.append(0, ends[:-1])
+        below = np.rint(np.interp(edges, np.stack([low, high], 1).reshape(-1),
+                                  np.stack([starts, ends], 1).reshape(-1))).astype(np.int64)
+    return dict(low=first, high=last, counts=np.diff(below).tolist(), below=int(below[0]),
+                above=int(ends[-1] - below[-1]))
 
 
-def _edge(index: int) -> float:
-    """The lower edge of a bin: inverse of `_ordered(x) >> (32 - _BITS)`, kept within the finite floats."""
-    ordered = min(int(index) << (32 - _BITS), 0xFF7FFFFF)
-    bits = ordered & 0x7FFFFFFF if ordered >> 31 else ~ordered & 0xFFFFFFFF
-    return float(np.uint32(bits).view(np.float32))
+def _chosen(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    if mask is None:
+        return x
+    mask = np.ascontiguousarray(mask)    # indexing takes several times as long on strided ones
+    return x if mask.all() else np.ascontiguousarray(x)[mask]
+
+
+def _edges(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and upper edges of float bins, kept within the finite floats."""
+    inner, outer = (np.minimum(((index & _MAGNITUDE) + side) << (32 - _BITS), 0x7F7FFFFF).astype(np.uint32)
+                    .view(np.float32).astype(np.float64) for side in (0, 1))
+    negative = index > _MAGNITUDE
+    return np.where(negative, -outer, inner), np.where(negative, -inner, outer)

@@ -3,7 +3,8 @@
     python -m data_prep.verify DIR
 
 The first fault is named, by shard and where possible by record, with exit code 2: a shard that is missing, foreign,
-truncated or altered; a record that doesn't decode, or whose fields, dtypes, shapes, labels or key don't fit.
+truncated or altered; a record that doesn't decode, or whose fields, dtypes, shapes, labels or key don't fit; a file of
+labels that is missing, foreign, or tells other labels than the records.
 """
 import argparse
 import hashlib
@@ -17,7 +18,7 @@ import numpy as np
 from data_prep import convert
 from ssl_jax.data import records
 from ssl_jax.data.decode import decode_image, unpack_valid
-from ssl_jax.data.source import MANIFEST, Manifest, Shard, check_size, first_line, open_shard
+from ssl_jax.data.source import MANIFEST, Manifest, Shard, check_size, first_line, labels, open_shard
 from ssl_jax.errors import UserError
 
 
@@ -33,22 +34,29 @@ def verify(root: str | os.PathLike, *, quiet: bool = False) -> Manifest:
     root = pathlib.Path(root)
     manifest = Manifest.load(root)
     listed = {s.name for split in manifest.splits.values() for s in split.shards}
-    foreign = sorted({p.name for p in root.glob('*.arrayrecord')} - listed)
+    listed |= {split.labels.name for split in manifest.splits.values() if split.labels}
+    foreign = sorted({p.name for pattern in ('*.arrayrecord', '*-labels.npy') for p in root.glob(pattern)} - listed)
     if foreign:
         raise UserError(f'{root / foreign[0]} is not in {MANIFEST}: it belongs to another conversion')
-    for split in manifest.splits.values():
+    for name, split in manifest.splits.items():
         for shard in split.shards:
             check_size(root, shard)
+        if split.labels:
+            labels(root, name, manifest)
     keys: set[bytes] = set()
     total = sum(split.records for split in manifest.splits.values())
     with tqdm(total=total, unit='example', disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
         for name, split in manifest.splits.items():
             counts, groups, seen = np.zeros(len(manifest.classes), np.int64), set(), 0
+            told = labels(root, name, manifest) if split.labels else None
             for shard in split.shards:
                 for fields in _read(root, shard, manifest, keys):
                     label = fields.get('label')
                     if label is not None:
                         counts += label > 0 if label.ndim else np.arange(len(counts)) == label
+                        if told is not None and not np.array_equal(label, told[seen]):
+                            raise UserError(f'{root / split.labels.name}: the labels differ from those of the records, '
+                                            f'first that of {fields["key"]!r}')
                     groups.add(fields.get('group') or None)
                     seen += 1
                     bar.update()

@@ -170,6 +170,17 @@ def test_class_folders_are_split_at_random_by_whole_groups(tmp_path):
     assert "group_regex='nothing' finds nothing in" in refusal(tmp_path / 'in', tmp_path / 'c', group_regex='nothing')
 
 
+def test_splits_come_from_a_file(tmp_path):
+    source = fill(tmp_path / 'in', {f'{c}/{i}.png': encoded(10 * j + i) for j, c in enumerate('ab') for i in range(3)})
+    listed = tmp_path / 's.csv'
+    listed.write_text(''.join(f'{c}/{i}.png,{"test" if i else "train"}\n' for c in 'ab' for i in range(3)))
+    manifest = run(source, tmp_path / 'out', split_file=str(listed))
+    assert {s: x.class_counts for s, x in manifest.splits.items()} == {'train': (1, 1), 'test': (2, 2)}
+    assert 'is given already' in refusal(source, tmp_path / 'b', split_file=str(listed), val_fraction=0.1)
+    fill(tmp_path / 'split', classes())
+    assert 'the folders tell the splits' in refusal(tmp_path / 'split', tmp_path / 'b', split_file=str(listed))
+
+
 def test_a_group_in_two_given_splits_is_refused(tmp_path):
     fill(tmp_path / 'in', {'train/cat/etna_1.png': encoded(0), 'train/dog/fuji_1.png': encoded(1),
                            'test/cat/etna_2.png': encoded(2)})
@@ -313,7 +324,8 @@ def test_the_command_and_its_errors(tmp_path):
     result = command('data_prep.image_folder', *flags[:2], '--mode=L')
     assert result.returncode == 2 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
     shards = {s.name for x in manifest.splits.values() for s in x.shards}
-    assert set(os.listdir(out)) == {'manifest.json', 'train-labels.npy', 'val-labels.npy'} | shards
+    labelled = {f'{split}-labels.npy' for split in manifest.splits}
+    assert set(os.listdir(out)) == {'manifest.json'} | labelled | shards
 
 
 def test_digits(tmp_path):

@@ -1,7 +1,9 @@
+import dataclasses
 import hashlib
 import io
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -387,3 +389,86 @@ def test_workers_end_with_the_iterator_and_with_their_parent(root, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+# ---- balanced epochs
+
+
+def multi_hot(i):
+    return np.array([i % 7 == 0, i % 11 == 0], np.float32)
+
+
+@pytest.fixture(scope='module')
+def skewed(tmp_path_factory):
+    """31 examples of 'a', 7 of 'b' and 4 of 'c', in no order; and the same with several labels each."""
+    folder = tmp_path_factory.mktemp('skewed')
+    found = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [31, 7, 4]))
+    one = [example(i) | {'label': np.int32(c)} for i, c in enumerate(found)]
+    several = [example(i) | {'label': multi_hot(i)} for i in range(42)]
+    fields = FIELDS | {'label': Field('label', 'float32', (2,))}
+    roots = write(folder / 'one', {'train': one}), write(folder / 'several', {'train': several}, fields)
+    for root in roots:
+        manifest = Manifest.load(root)
+        dataclasses.replace(manifest, classes=('a', 'b', 'c') if root == roots[0] else ('a', 'b')).save(root)
+    return *roots, found
+
+
+def rows_of(data, steps, **options):
+    return np.concatenate([b['index'] for b in take(data, steps, **options)])
+
+
+@pytest.mark.parametrize('shuffle', [True, False])
+@pytest.mark.parametrize('balance, share, groups', [
+    ('classes', 4, lambda label: label), ('positive', 11, lambda label: label > 0)], ids=['classes', 'positive'])
+def test_balanced_epochs_hold_equally_many_of_every_group_and_all_in_time(skewed, balance, share, groups, shuffle):
+    root, _, found = skewed
+    data = Data(root, balance=balance, fields=('label',), shuffle=shuffle)
+    group = groups(found)
+    size = share * len(set(group))
+    assert data.records == size and data.steps_per_epoch(4) == size // 4
+    cycle = -(-31 // share)
+    epochs = rows_of(data, size * cycle, batch=4).reshape(-1, size)
+    for epoch in epochs:
+        assert len(set(epoch)) == size and set(np.bincount(group[epoch])) == {share}
+        assert shuffle or list(epoch) == sorted(epoch)
+    assert len({tuple(e) for e in epochs}) == len(epochs)
+    assert set(epochs[:cycle].flat) == set(range(42))
+    negatives = [set(e[group[e] == 0]) for e in epochs]
+    assert not negatives[0] & negatives[1]
+    other = rows_of(data, size, batch=4, seed=4).reshape(-1, size)
+    assert {tuple(sorted(e)) for e in other} != {tuple(sorted(e)) for e in epochs[:4]}
+
+
+def test_balanced_batches_are_exact_after_a_restart_and_for_any_number_of_processes(skewed):
+    """Epochs of 22, batches of 8: they end within a batch."""
+    data = Data(skewed[0], balance='positive')
+    whole = take(data, 9)
+    assert_equal(take(data, 6, start=3), whole[3:])
+    assert_equal(take(dataclasses.replace(data, threads=0), 5, start=4, processes=2), whole[4:])
+    order = stream.sample_order(42, seed=3, endless=True, groups=skewed[2], group_seed=3)
+    sent = pickle.loads(pickle.dumps(order))       # to a worker
+    assert [sent[i] for i in range(50)] == [order[i] for i in range(50)]
+
+
+def test_balancing_takes_several_labels_and_limits(skewed):
+    root = skewed[1]
+    positive = np.flatnonzero([multi_hot(i).any() for i in range(42)])
+    data = Data(root, balance='positive', fields=('label',))
+    rows = rows_of(data, data.records, batch=1)
+    assert data.records == 2 * len(positive) and set(rows) >= set(positive)
+    limited = Data(root, balance='positive', limit=14, fields=('label',))
+    rows = rows_of(limited, 14, batch=limited.records)
+    assert set(rows) == set(range(0, 42, 3)) and limited.records == 2 * len(set(positive) & set(range(0, 42, 3)))
+
+
+def test_what_cannot_be_balanced_is_named(skewed, root, tmp_path):
+    one, several, found = skewed
+    for data, expected in (
+            (Data(several, balance='classes'), "may have several classes, expected 'positive'"),
+            (Data(one, balance='classes', limit=2), "'b' has no example in split 'train'|'c' has no example"),
+            (Data(write(tmp_path / 'none', {'train': [{'image': example(0)['image'], 'key': 'k'}]},
+                        {k: FIELDS[k] for k in ('image', 'key')}), balance='positive'), 'has no labels')):
+        with pytest.raises(UserError, match=expected):
+            data.records  # noqa: B018
+    planned = dict(records=100, image_size=(8, 8), channels=('a',), classes=2)
+    assert Data(str(tmp_path / 'absent'), planned=planned, balance='positive').or_planned().records == 100

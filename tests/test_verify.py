@@ -105,10 +105,12 @@ def test_records_that_do_not_fit_the_manifest_are_named(root, change, expected):
     assert expected in fault(root) and f'{name}: record 1' in fault(root)
 
 
-@pytest.mark.parametrize('change', [dict(label=np.int32(0)), dict(group='g0')])
-def test_counts_of_classes_and_groups_are_checked(root, change):
+@pytest.mark.parametrize('change, expected', [
+    (dict(label=np.int32(0)), "labels differ from those of the records, first that of 't1'"),
+    (dict(group='g0'), "split 'train' holds")])
+def test_labels_and_counts_are_checked(root, change, expected):
     rewrite(root, 1, lambda fields: fields | change)
-    assert "split 'train' holds" in fault(root)
+    assert expected in fault(root)
 
 
 def test_encoded_images_are_decoded(tmp_path):

@@ -3,19 +3,21 @@
 The global sample order is one endless stream: position p is row p % n of epoch p // n, every epoch a new permutation of
 the n examples, and batch s holds positions s * batch to (s + 1) * batch - 1. Epochs follow each other without a gap, so
 no example is left out, a batch may span two epochs, and a data set smaller than a batch fills it several times over.
+With `balance`, an epoch is what `stream.Balance` chooses of them.
 Each process cuts its contiguous block out of every batch and reads only that.
 """
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import grain
 import numpy as np
 
 from ssl_jax.config import bind
-from ssl_jax.data import decode, embedded, records, stream, tfds_source
-from ssl_jax.data.source import MANIFEST, Channel, Field, Manifest, ShardSource, Split
+from ssl_jax.data import decode, embedded, records, stream, subset, tfds_source
+from ssl_jax.data.source import MANIFEST, Channel, Field, Manifest, ShardSource, Split, labels
 from ssl_jax.errors import UserError, nearest
 
 BATCHED = ('image', 'label', 'label_map')   # the field kinds that reach a batch unasked; 'valid' comes with 'image'
@@ -45,7 +47,12 @@ class Data:
       prefetch: batches held ready, per process or worker.
       fields: names of the fields wanted; None is every field but scalars and text.
       limit: trains on so many examples, evenly spaced over the split.
+      subset: trains on the examples that the data set's subsets/<name>.json lists, one of those that converters write
+        with --label_counts; evaluations see only those of this split, too.
       planned: arguments of `Planned`, for a dry run before the data set is there.
+      balance: an epoch of training has equally many examples of every group, as many as the smallest has: 'classes',
+        or 'positive', for which all examples of class 0, or without a class where an example may have several, are one
+        group, and all others the second. The other examples get their turn in later epochs.
     """
     root: str
     split: str = 'train'
@@ -57,7 +64,9 @@ class Data:
     prefetch: int = 4
     fields: tuple[str, ...] | None = None
     limit: int | None = None
+    subset: str | None = None
     planned: Mapping[str, Any] | None = None
+    balance: Literal['classes', 'positive'] | None = None
 
     def __post_init__(self):
         least = {'threads': 0, 'workers': 0, 'prefetch': 1, 'limit': 1}
@@ -102,6 +111,14 @@ class Data:
         """Class names; () for unlabelled data."""
         return self.manifest.classes
 
+    @functools.cached_property
+    def class_counts(self) -> tuple[int, ...]:
+        """Training examples of each class; of several labels per example, those that have it."""
+        found = self._labels
+        if found.ndim > 1:
+            return tuple(int(n) for n in (found > 0).sum(0))
+        return tuple(np.bincount(found[found >= 0], minlength=len(self.classes)).tolist())
+
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the images in a batch: the canvas.
@@ -117,8 +134,12 @@ class Data:
 
     @property
     def records(self) -> int:
-        """Examples per epoch of training."""
-        return self._count(self.split, self.limit)
+        """Examples per epoch of training.
+
+        Raises:
+          UserError: the data set cannot be balanced as asked for.
+        """
+        return len(self._order(0, endless=False))
 
     def steps_per_epoch(self, batch: int) -> int:
         """Whole batches in an epoch, at least 1."""
@@ -143,7 +164,7 @@ class Data:
         if not 0 <= seed < 2 ** 32:
             raise UserError(f'seed {seed}: expected a number in [0, 2**32)')
         load = self.load(self.split, self.fields, self.limit)
-        order = stream.sample_order(load.count, seed=seed if self.shuffle else None, endless=True)
+        order = self._order(seed, endless=True)
         return stream.iterate(self._batches(order, load, batch, start, process_index, process_count))
 
     def eval(self, split: str, *, batch: int, process_index: int = 0, process_count: int = 1,
@@ -167,6 +188,20 @@ class Data:
         order = stream.sample_order(steps * batch)
         return stream.Batches(self._batches(order, load, batch, 0, process_index, process_count), steps)
 
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split in the order of its examples: (n,) int32 class indices, or (n, K) float32.
+
+        Raises:
+          UserError: it has none.
+        """
+        if self._kind != 'tfds':
+            return labels(self.folder, split, self.manifest)
+        if 'label' not in self.manifest.fields:
+            raise UserError(f'data set {self.root!r} has no labels')
+        source = self.source(split)
+        found = np.stack([source[i]['label'] for i in range(len(source))])
+        return found.astype(np.int32 if found.dtype.kind in 'iu' else np.float32)
+
     def keys(self, split: str, indices: Sequence[int]) -> list[str]:
         """The names of examples by `index`, for reports."""
         source = self.source(split)
@@ -184,7 +219,46 @@ class Data:
         """The map from places in the sample order to host examples; see `train` and `eval`."""
         return Load(source=self.source(split), name=f'{self.root}, split {split!r}', spec=self._spec(fields),
                     canvas=self.image_size, fit=self.fit, manifest=self.manifest, weighted=weighted,
+                    rows=self._subset if split == self.split else None,
                     total=self._count(split, None), count=self._count(split, limit))
+
+    @functools.cached_property
+    def _subset(self) -> np.ndarray | None:
+        """Rows of `split` that `subset` lists."""
+        if self.subset is None:
+            return None
+        if self._kind == 'tfds':
+            raise UserError(f'config.data.subset={self.subset!r}: {self.root} is not converted, and has none')
+        return subset.rows(self.folder, self.subset, self.split, self.manifest)
+
+    def _order(self, seed: int, *, endless: bool) -> grain.MapDataset:
+        """Position -> place in the order of training."""
+        count = self._count(self.split, self.limit)
+        return stream.sample_order(count, seed=seed if self.shuffle else None, endless=endless, group_seed=seed,
+                                   groups=None if self.balance is None else self._groups)
+
+    @functools.cached_property
+    def _groups(self) -> np.ndarray:
+        """The group of every place, to be balanced."""
+        found, where = self._labels, f'config.data.balance={self.balance!r}'
+        if self.balance == 'positive':
+            groups, names = (found.reshape(len(found), -1) > 0).any(1).astype(int), ('negative', 'positive')
+        elif found.ndim > 1:
+            raise UserError(f"{where}: examples of {self.root} may have several classes, expected 'positive'")
+        else:
+            groups, names = found, self.manifest.classes
+        missing = np.flatnonzero(np.bincount(groups, minlength=len(names)) == 0)
+        if len(missing):
+            raise UserError(f'{where}: {names[missing[0]]!r} has no example in split {self.split!r} of {self.root}')
+        return groups
+
+    @property
+    def _labels(self) -> np.ndarray:
+        """The label of every place."""
+        total, count = self._count(self.split, None), self._count(self.split, self.limit)
+        found = self.labels(self.split)
+        found = found if self._subset is None else found[self._subset]
+        return found[np.arange(count) * total // count]
 
     @property
     def _kind(self) -> str:
@@ -201,6 +275,8 @@ class Data:
             raise UserError(f'split {split!r} of {self.root} is empty')
         if limit is not None and limit < 1:
             raise UserError(f'limit={limit} of {self.root}: expected at least 1 example')
+        if split == self.split and self._subset is not None:
+            count = len(self._subset)
         return count if limit is None else min(count, limit)
 
     def _spec(self, fields: Sequence[str] | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -241,16 +317,25 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What a data set will hold. All its channels count as linear, from 0 to 255."""
+    """What a data set will hold. Its channels count as linear, from 1 to 255, but for `phases`: in [-pi, pi]."""
     records: int
     image_size: tuple[int, int]
     channels: tuple[str, ...]
     classes: int = 0
     dtype: str = 'uint8'
+    phases: tuple[str, ...] = ()
+    label_map: bool = False
 
 
 class PlannedData(Data):
     """Shapes of a data set that is not there."""
+    _subset = None
+    _groups = None
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """All alike."""
+        return (1,) * len(self.classes)
 
     @property
     def manifest(self) -> Manifest:
@@ -258,8 +343,17 @@ class PlannedData(Data):
         fields = {'image': Field('image', planned.dtype, (*planned.image_size, len(planned.channels)), 'raw')}
         if planned.classes:
             fields['label'] = Field('label', 'int32', (), 'raw')
-        channels = tuple(Channel(name, 'linear', mean=127.5, std=64.0, period=None, unit='', minimum=0.0, maximum=255.0,
-                                 percentiles={}, valid_fraction=1.0) for name in planned.channels)
+        if planned.label_map:
+            fields['label_map'] = Field('label_map', 'uint8', planned.image_size, 'raw')
+        for name in planned.phases:
+            if name not in planned.channels:
+                raise UserError(f'config.data.planned.phases: {name!r} is no channel{nearest(name, planned.channels)}')
+        linear = Channel('', 'linear', mean=127.5, std=64.0, period=None, unit='', minimum=1.0, maximum=255.0,
+                         percentiles={}, valid_fraction=1.0)
+        phase = dataclasses.replace(linear, kind='phase', mean=0.0, std=1.8, period=2 * np.pi, minimum=-np.pi,
+                                    maximum=np.pi)
+        channels = tuple(dataclasses.replace(phase if name in planned.phases else linear, name=name)
+                         for name in planned.channels)
         split = Split(records=planned.records, class_counts=(), groups=0, shards=())
         return Manifest(name=self.root, fields=fields, channels=channels, source={}, splits={self.split: split},
                         classes=tuple(f'class {i}' for i in range(planned.classes)))
@@ -293,12 +387,14 @@ class Load:
     fit: decode.Fit
     manifest: Manifest
     weighted: bool
-    total: int      # records of the split
+    total: int      # records of the split, or of its subset
     count: int      # of which are used
+    rows: np.ndarray | None = None      # of the subset
 
     def __call__(self, element: tuple[int, int]) -> dict[str, np.ndarray]:
         position, place = element
         row = min(place, self.count - 1) * self.total // self.count
+        row = row if self.rows is None else int(self.rows[row])
         stored: Mapping[str, Any] = {}
         try:
             stored = self.source[row]
@@ -335,7 +431,7 @@ class Load:
         if isinstance(image, bytes):
             image = decode.decode_image(image, fields['image'].shape[2])
         if isinstance(label_map, bytes):
-            label_map = decode.decode_image(label_map, 1)[..., 0]
+            label_map = decode.decode_label_map(label_map)
         if valid is not None:
             valid = decode.unpack_valid(valid, (*image.shape[:2], fields['valid'].shape[2]))
         periods = [c.period for c in self.manifest.channels]

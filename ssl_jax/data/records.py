@@ -33,17 +33,12 @@ def encode(example: Mapping[str, Any]) -> bytes:
     for name, value in example.items():
         dtype, shape, buffer = _buffer(name, value)
         offset = _align(end)
-        end = offset + len(buffer)
         header.append([name, dtype, shape, offset, len(buffer)])
-        buffers.append((offset, buffer))
+        buffers += [bytes(offset - end), buffer]
+        end = offset + len(buffer)
     meta = json.dumps(header, separators=(',', ':')).encode()
-    start = _align(_PREFIX.size + len(meta))
-    record = bytearray(start + end)
-    _PREFIX.pack_into(record, 0, MAGIC, len(meta))
-    record[_PREFIX.size:_PREFIX.size + len(meta)] = meta
-    for offset, buffer in buffers:
-        record[start + offset:start + offset + len(buffer)] = buffer
-    return bytes(record)
+    head = _PREFIX.pack(MAGIC, len(meta)) + meta
+    return b''.join([head, bytes(_align(len(head)) - len(head)), *buffers])     # one copy of a large image
 
 
 def decode(record: bytes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A converted data set: manifest.json and its ArrayRecord shards, as a description and as a random-access source."""
 import bisect
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
+from ssl_jax.data.records import decode
 from ssl_jax.errors import UserError, nearest
 
 SCHEMA = 1
@@ -30,6 +34,8 @@ class Channel:
     maximum: float
     percentiles: Mapping[str, float]   # '1', '5', '25', '50', '75', '95', '99'
     valid_fraction: float
+    # 256 bins of equal width between the 0.1 % and the 99.9 % percentile: {'low', 'high', 'counts', 'below', 'above'}
+    histogram: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +56,20 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelFile:
+    """The labels of a split in one .npy, so that choosing examples by label reads no record."""
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     records: int
     class_counts: tuple[int, ...]   # () for unlabelled data
     groups: int                     # distinct groups (frame, volcano, object); 0 where examples have none
     shards: tuple[Shard, ...]
+    labels: LabelFile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +220,41 @@ def check_size(root: pathlib.Path, shard: Shard) -> None:
         raise UserError(f'shard {path} has {size} bytes, expected {shard.bytes}: truncated, or of another data set')
 
 
+def labels(root: str | os.PathLike, split: str, manifest: Manifest | None = None) -> np.ndarray:
+    """The labels of a split in the order of its examples: (n,) int32 class indices, or (n, K) float32.
+
+    They come from the file beside the shards, or from the records of a data set that has none.
+
+    Raises:
+      UserError: the data set has no labels, or the file is missing or not what the manifest says.
+    """
+    manifest = manifest or Manifest.load(root)
+    if 'label' not in manifest.fields:
+        raise UserError(f'data set {str(root)!r} has no labels')
+    listed = manifest.split(split)
+    if listed.labels is None:
+        source = ShardSource(root, split, manifest)
+        return np.stack([decode(source[i])['label'] for i in range(len(source))])
+    path, field = pathlib.Path(root) / listed.labels.name, manifest.fields['label']
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: the manifest lists it') from None
+    head = npy_head(field.dtype, (listed.records, *field.shape))
+    if len(content) != listed.labels.bytes or not content.startswith(head):
+        raise UserError(f'{path} does not hold the {listed.records} labels that the manifest lists: truncated, '
+                        'or of another data set')
+    return np.frombuffer(content, np.dtype(field.dtype).newbyteorder('<'), offset=len(head)).reshape(-1, *field.shape)
+
+
+def npy_head(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What comes before the values in a .npy of this dtype and shape, little-endian and in C order."""
+    file = io.BytesIO()
+    described = {'descr': np.dtype(dtype).newbyteorder('<').str, 'fortran_order': False, 'shape': shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()
+
+
 def open_shard(root: pathlib.Path, shard: Shard) -> Any:
     """An ArrayRecordReader of a shard whose record count agrees with the manifest.
 
@@ -236,7 +286,8 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
         'fields': {k: Field(**f | {'shape': tuple(f['shape'])}) for k, f in fields['fields'].items()},
         'channels': tuple(Channel(**c) for c in fields['channels']),
         'classes': tuple(fields['classes']),
-        'splits': {k: Split(**s | {'class_counts': tuple(s['class_counts']), 'shards': shards(s)})
+        'splits': {k: Split(**s | {'class_counts': tuple(s['class_counts']), 'shards': shards(s),
+                                   'labels': LabelFile(**s['labels']) if s.get('labels') else None})
                    for k, s in fields['splits'].items()},
     })
 

@@ -14,14 +14,21 @@ from absl import flags
 
 SMALL = 2 ** 16   # examples: grain's own shuffle takes up to milliseconds for each of a small data set
 BUFFER = 2        # batches on their way from a worker
+_WALK = 1         # tells the draws of `Balance` from those of `_permutation`
 
 Batch = dict[str, np.ndarray]
 
 
-def sample_order(count: int, *, seed: int | None = None, endless: bool = False) -> grain.MapDataset:
-    """Position -> place in the epoch, in order or, with a `seed`, in a new permutation every epoch."""
+def sample_order(count: int, *, seed: int | None = None, endless: bool = False,
+                 groups: np.ndarray | None = None, group_seed: int = 0) -> grain.MapDataset:
+    """Position -> place, in order or, with a `seed`, in a new permutation every epoch.
+
+    With `groups` (count,), the group of every place, an epoch holds as many places of each group as the smallest has.
+    """
     order = grain.MapDataset.range(count)
-    if seed is not None:
+    if groups is not None:
+        order = Balance(order, groups, group_seed, shuffle=seed is not None)
+    elif seed is not None:
         order = order.seed(seed).shuffle() if count > SMALL else Shuffle(order, seed)
     return order.repeat(None) if endless else order
 
@@ -41,6 +48,46 @@ class Shuffle(grain.MapDataset):
             return self.slice(index)
         epoch, row = divmod(index, len(self))
         return self._parent[epoch * len(self) + int(_permutation(self.order_seed, epoch, len(self))[row])]
+
+
+class Balance(grain.MapDataset):
+    """Equally many elements of every group of `parent` per epoch: as many as the smallest group has.
+
+    The larger groups go through a permutation of theirs, a part in each epoch and on from there in the next, so that
+    every element gets its turn, and none comes twice in an epoch. What an epoch holds and in which order follows from
+    seed and epoch alone.
+
+    Args:
+      groups: (n,) the group of every element.
+      shuffle: a new order in every epoch; else that of `parent`.
+    """
+
+    def __init__(self, parent: grain.MapDataset, groups: np.ndarray, seed: int, *, shuffle: bool):
+        super().__init__(parent)
+        self.order_seed, self.shuffled = seed, shuffle
+        self.walks = [np.random.default_rng((seed, g, _WALK)).permutation(np.flatnonzero(groups == value))
+                      for g, value in enumerate(np.unique(groups))]
+        self.share = min(map(len, self.walks))
+        self._recent: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.share * len(self.walks)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, row = divmod(index, len(self))
+        return self._parent[int(self._epoch(epoch)[row])]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        recent = self._recent       # threads share it: it is replaced, never changed
+        if epoch not in recent:
+            window = epoch * self.share + np.arange(self.share)
+            chosen = np.sort(np.concatenate([walk[window % len(walk)] for walk in self.walks]))
+            if self.shuffled:
+                chosen = chosen[_permutation(self.order_seed, epoch, len(chosen))]
+            recent = self._recent = dict(list(recent.items())[-3:]) | {epoch: chosen}
+        return recent[epoch]
 
 
 @functools.lru_cache(4)
