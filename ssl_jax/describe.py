@@ -114,7 +114,9 @@ def _draw(run: Run, path: pathlib.Path, count: int = 6) -> None:
     rows, names = [], []
     for title, images, valid in shown:
         if title != 'read':
-            images = np.asarray(run.view.denormalise(images))
+            # What is invalid stays so through the way back, which may have fewer channels.
+            images = np.asarray(run.view.denormalise(images if valid is None else np.where(valid, images, np.nan)))
+            valid = np.isfinite(images)
         valid = np.ones(images.shape, bool) if valid is None else np.broadcast_to(valid, images.shape)
         if pictures.is_rgb(channels):
             low, high = np.percentile(before, (0, 100))

@@ -122,7 +122,8 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
     total_steps = configs.steps(experiment.duration, where='duration', steps_per_epoch=steps_per_epoch)
 
     view = configs.build('views', experiment.view, where='view', image_size=data.image_size, channels=data.channels)
-    context = dict(image_size=view.size, channels=len(data.channels), classes=len(data.classes),
+    context = dict(image_size=view.size, channels=len(view.outputs), classes=len(data.classes),
+                   class_counts=lambda: data.class_counts,
                    dtype={'bf16': 'bfloat16', 'f32': 'float32'}[experiment.precision],
                    total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     objective = configs.build('objectives', experiment.objective, where='objective', **context)
@@ -138,6 +139,9 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
     evals = {tag: configs.build('evals', spec, where=f'evals.{tag}', data=data, layout=layout, batch=experiment.batch,
                                 workdir=workdir, tag=tag) for tag, spec in experiment.evals.items() if data.exists()}
 
+    if checkpoint.best is not None:
+        _check_best(checkpoint.best, experiment.evals, evals)
+
     batch = data.abstract(experiment.batch)
     plain = configs.build('objectives', flops.without_remat(experiment.objective), where='objective', **context)
     grad = jax.grad(lambda p, a, b, k: plain.loss(p, a, b, step=jnp.zeros((), jnp.int32), key=k)[0])
@@ -151,6 +155,16 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
     for tag, evaluator in evals.items():
         run.every(evaluator.every, f'evals.{tag}.every')
     return run
+
+
+def _check_best(best: str, specs: Mapping[str, Any], evals: Mapping[str, Any]) -> None:
+    tag, _, metric = best.partition('/')
+    if tag not in specs or not metric:
+        raise UserError(f"config.checkpoint.best={best!r}: expected '<tag>/<metric>' of one of config.evals: "
+                        f'{", ".join(specs) or "there is none"}')
+    if tag in evals and evals[tag].scored in ('test', None):
+        raise UserError(f'config.checkpoint.best={best!r}: config.evals.{tag} scores split {evals[tag].scored!r}, '
+                        "expected an evaluator of another split than 'test', which must not choose")
 
 
 def _check_batch(experiment: Experiment, layout: Layout) -> None:

@@ -93,7 +93,9 @@ def draw(example: Mapping[str, np.ndarray], channels: Sequence[Channel], raw: Ca
       raw: normalised image -> image in raw units.
       name: title of the first column.
     """
-    image, recon, hidden, valid = raw(example['image']), raw(example['recon']), example['hidden'], example['valid']
+    # What is invalid stays so through the way back, which may have fewer channels.
+    image = raw(np.where(example['valid'], example['image'], np.nan))
+    recon, hidden, valid = raw(example['recon']), example['hidden'], np.isfinite(image)
     rgb = pictures.is_rgb(channels)
     rows = []
     for i, channel in enumerate(channels[:1] if rgb else channels):

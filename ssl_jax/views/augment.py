@@ -9,10 +9,20 @@ import numpy as np
 
 from ssl_jax.errors import UserError
 from ssl_jax.step import Batch
-from ssl_jax.views import ops
+from ssl_jax.views import curves, ops, randaugment
 from ssl_jax.views.draws import Draws
 from ssl_jax.views.recipe import Recipe
-from ssl_jax.views.warp import Warp, central_box, random_box, spline_displacement, spline_knots, warp, warp_nearest
+from ssl_jax.views.warp import (
+    Warp,
+    central_box,
+    random_box,
+    sample,
+    sample_nearest,
+    spline_displacement,
+    spline_knots,
+    warp,
+    warp_nearest,
+)
 
 Example = Mapping[str, jax.Array]
 
@@ -31,13 +41,15 @@ class Augment(Recipe):
           example: 'image' (H, W, C) of any dtype; optionally 'valid' (H, W, 1 or C) bool, 'label_map' (H, W); other
             fields are passed on.
         Returns:
-          'image' (h, w, C) float32, normalised; 'valid' (h, w, 1 or C) if it was there or the rotation's border is
-          'zero'; 'label_map' (h, w) of nearest pixels, 0 outside the canvas.
+          'image' (h, w, outputs) float32, normalised; 'valid' (h, w, 1 or outputs) if it was there, the rotation's
+          border is 'zero' or there is randaugment; 'label_map' (h, w) of nearest pixels, 0 outside the canvas.
         """
         drawn = Draws(key, len(self.channels), len(self.phases.wrapped))
         geometry = self._geometry(example['image'].shape[:2], drawn)
         x, valid, out = self._warped(example, geometry, **self._reach)
         unit, clamp = self._unit(example['image'].dtype)
+        if self.randaugment:
+            x, valid = self._randaugmented(x, valid, out, drawn, unit, clamp)
         if self.jitter:
             x = self._on_linear(x, lambda x: self._jittered(x, valid, drawn, clamp), unit)
         if self.grey:
@@ -57,6 +69,11 @@ class Augment(Recipe):
             cut = ops.rectangles(drawn.uniform('cutout', (4, self.cutout.count)), self.size, self.cutout.size)
             cut &= drawn.happens('cutout', self.cutout.probability)
             out['image'] = jnp.where(cut[..., None], 0, out['image'])
+        if self.erasing:
+            box = random_box(drawn.uniform('erasing', (22,)), self.size, self.erasing.area, self.erasing.ratio)
+            erased = ops.box(box, self.size) & drawn.happens('erasing', self.erasing.probability)
+            noise = drawn.normal('erasing_noise', out['image'].shape)
+            out['image'] = jnp.where(erased[..., None], noise, out['image'])
         return out
 
     def central(self, example: Example) -> dict[str, jax.Array]:
@@ -107,7 +124,7 @@ class Augment(Recipe):
             raise UserError(f'images have {image.shape[-1]} channels, the manifest names {len(self.channels)}')
         if valid is not None and self.mixes:
             valid = jnp.broadcast_to(valid.all(-1, keepdims=True), valid.shape)
-        x = self.phases.encode(image)
+        x = self._curved(self.phases.encode(image))
         if geometry is None:
             return x, valid, out
         if valid is None and reach.get('border') == 'zero':
@@ -135,16 +152,45 @@ class Augment(Recipe):
         share = parts[..., count:]
         return parts[..., :count] / self.phases.spread(jnp.where(share > 0, share, 1)), share
 
-    def _unit(self, dtype) -> tuple[float, bool]:
+    def _curved(self, x: jax.Array) -> jax.Array:
+        """The encoded image with the transforms of its linear channels made."""
+        if not self.curves:
+            return x
+        linear = [self.curves.get(i) for i in self.phases.order[:self.phases.linear].tolist()]
+        return self._on_linear(x, lambda x: curves.apply(x, linear))
+
+    def _unit(self, dtype) -> tuple[float | np.ndarray, bool]:
         """What the linear channels are divided by for colour operations, and whether they lie in [0, 1] then."""
-        if jnp.issubdtype(dtype, jnp.unsignedinteger):
-            return float(jnp.iinfo(dtype).max), True
-        outside = [c for c in self.channels if c.kind == 'linear' and not 0 <= c.minimum <= c.maximum <= 1]
-        if outside and (self.solarise or (self.jitter and self.jitter.hue)):
-            c = outside[0]
-            raise UserError('config.view: hue and solarise need unsigned integers or values in [0, 1], '
-                            f'channel {c.name!r} is {jnp.dtype(dtype)} in [{c.minimum}, {c.maximum}]')
-        return 1.0, not outside
+        stored = float(jnp.iinfo(dtype).max) if jnp.issubdtype(dtype, jnp.unsignedinteger) else None
+        rescaled = {i for i, curve in self.curves.items() if curve.transform.rescales}
+        limits = {c.name: (0.0, 1.0) if stored and i not in rescaled else
+                  self.curves[i].limits if i in self.curves else (c.minimum, c.maximum)
+                  for i, c in enumerate(self.channels) if c.kind == 'linear'}
+        outside = [(name, low, high) for name, (low, high) in limits.items() if not 0 <= low <= high <= 1]
+        colours = self.randaugment and self.randaugment.ops == 'all'
+        if outside and (self.solarise or colours or (self.jitter and self.jitter.hue)):
+            name, low, high = outside[0]
+            raise UserError('config.view: hue, solarise and the colours of randaugment need unsigned integers or '
+                            f'values in [0, 1], channel {name!r} is {jnp.dtype(dtype)} in [{low}, {high}]')
+        if not stored or not rescaled:
+            return stored or 1.0, not outside
+        units = [1.0 if i in rescaled else stored for i in self.phases.order[:self.phases.linear]]
+        return np.float32(units), not outside
+
+    def _randaugmented(self, x: jax.Array, valid: jax.Array | None, out: dict[str, jax.Array], drawn: Draws,
+                       unit: float | np.ndarray, clamp: bool):
+        """Image and validity, and in `out` the label map, after randaugment."""
+        option = self.randaugment
+        slots = randaugment.draw(drawn.uniform('randaugment', (4, option.n)), option)
+        if option.ops == 'all':
+            x = self._on_linear(x, lambda x: randaugment.colour(x, slots, valid), unit)
+        places = randaugment.places(slots, self.size)
+        valid = jnp.ones((*self.size, 1), bool) if valid is None else valid
+        x, share = self._averaged(lambda x: sample(x, *places, self.interpolation), x, valid)
+        x = self._on_linear(x, lambda x: jnp.clip(x, 0, unit)) if clamp else x
+        if 'label_map' in out:
+            out['label_map'] = sample_nearest(out['label_map'], *places)
+        return x, share >= 0.5
 
     def _on_linear(self, x: jax.Array, function: Callable[[jax.Array], jax.Array], unit: float = 1.0) -> jax.Array:
         count = self.phases.linear
@@ -176,7 +222,7 @@ class Augment(Recipe):
         if self.speckle:
             x = self._on_linear(x, lambda x: x * (1 + normal('speckle', self.speckle, linear)))
         if self.noise:
-            std = np.asarray(self.std, np.float32)[self.phases.order[:len(self.channels)]]
+            std = self.deviations[self.phases.order[:len(self.channels)]]
             noise = std * normal('noise', self.noise, len(std))
             x = self._on_linear(x, lambda x: x + noise[..., :linear])
             cycles = noise[..., linear:] / self.phases.period
@@ -187,4 +233,8 @@ class Augment(Recipe):
     def _normalised(self, x: jax.Array, valid: jax.Array | None, cycles: jax.Array | float = 0.0):
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         image = ops.normalise(self.phases.decode(x, cycles), mean, std)
-        return {'image': image} if valid is None else {'image': jnp.where(valid, image, 0), 'valid': valid}
+        if valid is None:
+            return {'image': image}
+        if valid.shape[-1] > 1 and self.phases.paired:
+            valid = valid[..., self.phases.sources]
+        return {'image': jnp.where(valid, image, 0), 'valid': valid}

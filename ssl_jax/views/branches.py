@@ -12,8 +12,8 @@ from ssl_jax.step import Batch, example_keys
 from ssl_jax.views.augment import Augment
 from ssl_jax.views.recipe import Recipe
 
-# All views of a run are normalised alike.
-SHARED = ('mean', 'std')
+# All views of a run have the same channels, normalised alike.
+SHARED = ('transforms', 'mean', 'std')
 
 
 def branch(recipe: Recipe, where: str, changes: Mapping[str, Any], *, shared: Sequence[str] = SHARED) -> Augment:

@@ -6,10 +6,10 @@ import numpy as np
 # Single numbers: whether an operation applies, and how.
 CHOICES = ('crop', 'hflip', 'vflip', 'quarter_turns', 'turns', 'rotation', 'degrees', 'elastic', 'phase', 'jitter',
            'grey', 'blur', 'sigma_rows', 'sigma_columns', 'solarise', 'speckle', 'speckle_sigma', 'noise',
-           'noise_sigma', 'cutout')
+           'noise_sigma', 'cutout', 'erasing')
 
 # Operations that need a number per pixel, knot or rectangle: these are drawn only where they are asked for.
-FIELDS = ('elastic', 'speckle', 'noise', 'cutout')
+FIELDS = ('elastic', 'speckle', 'noise', 'cutout', 'randaugment', 'erasing', 'erasing_noise')
 
 
 class Draws:

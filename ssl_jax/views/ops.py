@@ -148,6 +148,13 @@ def rectangles(noise: jax.Array, size: Size, sides: tuple[float, float]) -> jax.
     return (rows[:, None] & columns).any(-1)
 
 
+def box(place: tuple[Scalar, Scalar, Scalar, Scalar], size: Size) -> jax.Array:
+    """Which pixels (h, w) of a view lie in the box (top, left, height, width)."""
+    rows, columns = ((jnp.arange(n) >= start) & (jnp.arange(n) < start + side)
+                     for n, start, side in zip(size, place[:2], place[2:]))
+    return rows[:, None] & columns
+
+
 def normalise(image: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     return (image - mean) / std
 

@@ -1,10 +1,44 @@
 """What a view may do to an image, each as a mapping in the config: `crop=dict(scale=(0.2, 1.0))`."""
 import dataclasses
+from typing import Literal
 
 from ssl_jax.errors import UserError
 from ssl_jax.views.warp import Border
 
 Range = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What a channel's values become before anything else: clipped, then at most one of the others.
+
+    Args:
+      clip: to a pair of percentiles of the train split: (1, 99), or (0, 99) for the upper end alone.
+      log: natural logarithm, of the value plus this number where it is one; values below the train split's smallest
+        count as that.
+      asinh: the inverse hyperbolic sine of the value over this one: linear well below it, logarithmic above, for both
+        signs (Lupton et al. 1999).
+      scale: the pair of values that become 0 and 1.
+      sincos: a phase becomes two channels, its sine and cosine.
+      normalise: to mean 0 and standard deviation 1. False leaves the values as they are then; 0 still stands for what
+        is invalid, cut out or hidden.
+    """
+    clip: Range | None = None
+    log: bool | float = False
+    asinh: float | None = None
+    scale: Range | None = None
+    sincos: bool = False
+    normalise: bool = True
+
+    @property
+    def rescales(self) -> bool:
+        """Whether values are in other units than before."""
+        return self.log is not False or self.asinh is not None or self.scale is not None
+
+    @property
+    def curved(self) -> bool:
+        """Whether it changes the values of a linear channel, before normalisation."""
+        return self.rescales or self.clip is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +202,47 @@ class Cutout:
         check('cutout.probability', self.probability)
         check('cutout.size', self.size)
         check('cutout.count', self.count, 1, 1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """`n` operations in a row, each drawn from all and made with `probability`, of a strength `magnitude` on a scale to
+    10, drawn anew each time with deviation `std`: timm's 'rand-m9-mstd0.5-inc1' (Cubuk et al. 2020, arXiv:1909.13719).
+
+    Colours: autocontrast, equalise, invert, posterise, solarise, solarise-add, saturation, contrast, brightness,
+    sharpness; they need three channels in [0, 1]. Geometry: rotation, shears, translations, for any channels; what
+    comes in from outside is invalid.
+    Unlike in timm, geometry comes after colours, its operations in one resampling, and values are not rounded to 8 bits
+    between operations.
+    """
+    n: int = 2
+    magnitude: float = 9.0
+    std: float = 0.5
+    probability: float = 0.5
+    ops: Literal['all', 'geometric'] = 'all'
+
+    def __post_init__(self):
+        check('randaugment.n', self.n, 1, 100)
+        check('randaugment.magnitude', self.magnitude, 0, 10)
+        check('randaugment.std', self.std, 0, 10)
+        check('randaugment.probability', self.probability)
+
+
+@dataclasses.dataclass(frozen=True)
+class Erasing:
+    """One rectangle of random area (as a share of the view) and width/height, wholly inside, becomes normal noise of
+    deviation 1 after normalisation (Zhong et al. 2020, arXiv:1708.04896, algorithm 1; 'pixel' mode of timm).
+
+    Unlike invalid pixels, the erased ones count as data.
+    """
+    area: Range = (0.02, 1 / 3)
+    ratio: Range = (0.3, 1 / 0.3)
+    probability: float = 0.25
+
+    def __post_init__(self):
+        check('erasing.probability', self.probability)
+        check('erasing.area', self.area, 1e-6)
+        check('erasing.ratio', self.ratio, 1e-3, 1e3)
 
 
 def check(name: str, value: float | Range, low: float = 0.0, high: float = 1.0) -> None:

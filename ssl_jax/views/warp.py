@@ -149,6 +149,13 @@ def sample(image: jax.Array, rows: jax.Array, columns: jax.Array, method: Method
     return out
 
 
+def sample_nearest(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """The nearest pixels' values of (H, W) of any dtype, 0 outside. See `sample`."""
+    (r, c), (h, w) = ((jnp.floor(x + 0.5).astype(jnp.int32) for x in (rows, columns)), image.shape)
+    inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)
+    return jnp.where(inside, image[jnp.clip(r, 0, h - 1), jnp.clip(c, 0, w - 1)], 0)
+
+
 def spline_displacement(noise: jax.Array, size: Size, amplitude: Scalar, spacing: float) -> jax.Array:
     """The cubic B-spline (2, h, w) whose knots, `spacing` pixels apart, are uniform in [-amplitude, amplitude].
 
