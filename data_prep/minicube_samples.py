@@ -4,17 +4,20 @@ Rules of the published benchmark, on dates, labels and masks alone. Dates are st
 """
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import tarfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from data_prep.problems import Problems
 from ssl_jax.errors import UserError, nearest
 
 Pair = tuple[str, str, str]       # frame, primary date, secondary date
@@ -38,13 +41,14 @@ class Group:
         return any(self.labels)
 
 
-def read_annotations(path: str | os.PathLike) -> dict[Pair, dict[str, Any]]:
+def read_annotations(path: str | os.PathLike, problems: Problems | None = None) -> dict[Pair, dict[str, Any]]:
     """Annotations by (frame, primary, secondary), from a JSON of all, a folder of one JSON each, or a tar of such.
 
     Raises:
-      UserError: the file cannot be read, or an annotation lacks a field.
+      UserError: the file cannot be read; or, unless `problems` takes it, an annotation lacks a field or is a second one
+        of an interferogram.
     """
-    path = pathlib.Path(path)
+    path, problems = pathlib.Path(path), problems or Problems('stop')
     try:
         if path.is_dir():
             found = [json.loads(p.read_text()) for p in sorted(path.glob('*.json'))]
@@ -53,14 +57,27 @@ def read_annotations(path: str | os.PathLike) -> dict[Pair, dict[str, Any]]:
                 found = [json.load(tar.extractfile(m)) for m in tar if m.isfile() and m.name.endswith('.json')]
         else:
             found = list(json.loads(path.read_text()).values())
-    except (ValueError, AttributeError, tarfile.TarError) as error:
+    except (ValueError, AttributeError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f'{path}: not a JSON of annotations, a folder of them or a tar of them ({error})') from error
-    needed = ('frameID', 'primary_date', 'secondary_date', 'label', *FLAWS)
-    for annotation in found:
-        missing = [k for k in needed if k not in annotation]
-        if missing:
-            raise UserError(f'{path}: annotation {annotation.get("uniqueID")} has no field {missing[0]!r}')
-    return {(a['frameID'], a['primary_date'], a['secondary_date']): a for a in found}
+    annotations = {}
+    for number, annotation in enumerate(found):
+        if not isinstance(annotation, dict):
+            problems.add(f'{path}: annotation {number}', f'is {str(annotation)[:40]!r}, expected fields')
+            continue
+        where = f'{path}: annotation {annotation.get("uniqueID")}'
+        wrong = [k for k in ('frameID', 'primary_date', 'secondary_date') if not isinstance(annotation.get(k), str)]
+        wrong += [] if isinstance(annotation.get('label'), list) else ['label']
+        wrong += [k for k in FLAWS if not isinstance(annotation.get(k), int)]
+        pair = tuple(annotation.get(k) for k in ('frameID', 'primary_date', 'secondary_date'))
+        if wrong and wrong[0] not in annotation:
+            problems.add(where, f'has no field {wrong[0]!r}')
+        elif wrong:
+            problems.add(where, f'{wrong[0]!r} is {str(annotation[wrong[0]])[:40]!r}')
+        elif pair in annotations:
+            problems.add(where, f'is of the interferogram {"/".join(pair)}, as is {annotations[pair].get("uniqueID")}')
+        else:
+            annotations[pair] = annotation
+    return annotations
 
 
 def label_of(annotation: Mapping[str, Any]) -> int:
@@ -70,22 +87,29 @@ def label_of(annotation: Mapping[str, Any]) -> int:
 
 def quality_pairs(timeseries: Mapping[str, Mapping[str, Mapping[str, Any]]],
                   annotations: Mapping[Pair, Mapping[str, Any]],
-                  frames: Iterable[str] | None = None) -> dict[Pair, int]:
+                  frames: Iterable[str] | None = None, problems: Problems | None = None) -> dict[Pair, int]:
     """Interferograms -> labels, as quality_timeseries.json lists them; of all or some frames.
 
     Raises:
-      UserError: a frame that isn't listed, or an interferogram without annotation.
+      UserError: a frame that isn't listed; or, unless `problems` takes it, an interferogram without annotation.
     """
-    pairs = {}
+    pairs, problems = {}, problems or Problems('stop')
+    if not isinstance(timeseries, dict) or not all(isinstance(f, dict) for f in timeseries.values()):
+        raise UserError('quality_timeseries.json: expected frames that hold primary dates')
     for frame in timeseries if frames is None else frames:
         if frame not in timeseries:
             raise UserError(f'frame {frame!r} is not in quality_timeseries.json{nearest(frame, timeseries)}')
         for primary, group in timeseries[frame].items():
-            for secondary in group['secondary_date']:
+            dates = group.get('secondary_date') if isinstance(group, dict) else None
+            if not isinstance(dates, list) or not all(isinstance(d, str) for d in dates):
+                problems.add(f'{frame}/{primary}', 'in quality_timeseries.json it has no list secondary_date of dates')
+                continue
+            for secondary in dates:
                 pair = (frame, primary, secondary)
-                if pair not in annotations:
-                    raise UserError(f'{frame}/{primary}_{secondary} of quality_timeseries.json has no annotation')
-                pairs[pair] = label_of(annotations[pair])
+                if pair in annotations:
+                    pairs[pair] = label_of(annotations[pair])
+                else:
+                    problems.add(f'{frame}/{primary}_{secondary}', 'in quality_timeseries.json, but has no annotation')
     return pairs
 
 
@@ -199,11 +223,19 @@ def series(group: Group, length: int, split: str, seed: int) -> list[tuple[int, 
     return kept
 
 
-def mask_target(masks: np.ndarray, which: str) -> np.ndarray:
-    """Of masks (T, H, W): the last one, the one with most pixels ('peak'), or their union; (H, W) uint8 of 0 and 1."""
-    masks = masks > 0
-    index = {'last': -1, 'peak': masks.sum((1, 2)).argmax()}
-    return (masks.any(0) if which == 'union' else masks[index[which]]).astype(np.uint8)
+def chosen_step(masks: Sequence[np.ndarray], which: str) -> int | None:
+    """Which of the masks of a series 'last' or 'peak' (most pixels) is; None for 'union' and 'all'."""
+    if which in ('union', 'all'):
+        return None
+    return len(masks) - 1 if which == 'last' else int(np.argmax([np.count_nonzero(np.greater(m, 0)) for m in masks]))
+
+
+def mask_target(masks: Sequence[np.ndarray], which: str) -> np.ndarray:
+    """Of masks T x (H, W): the last one, the one with most pixels ('peak'), or their union; (H, W) uint8 of 0 and 1."""
+    chosen = chosen_step(masks, which)
+    chosen = range(len(masks)) if chosen is None else [chosen]
+    positive = (masks[i] if masks[i].dtype == bool else masks[i] > 0 for i in chosen)
+    return functools.reduce(np.logical_or, positive).view(np.uint8)
 
 
 def crop_window(mask: np.ndarray, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -215,16 +247,20 @@ def crop_window(mask: np.ndarray, size: int, rng: np.random.Generator) -> tuple[
     """
     shape = np.array(mask.shape)
     side = int(min(size, *shape))
-    found = np.argwhere(mask)
-    box = (found.min(0), found.max(0)) if len(found) else (np.zeros(2, int), shape - 1)
+    found = bool(mask.any())
+    box = np.zeros(2, int), shape - 1
+    if found:
+        inside = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+        box = np.array([(i[0], i[-1]) for i in inside]).T
     place = lambda centre: np.clip(centre - side // 2, 0, shape - side)
     centre = (box[0] + box[1]) // 2
     for _ in range(10):
         centre = place(centre + rng.integers(-(size // 4), size // 4, 2, endpoint=True)) + side // 2
         row, column = centre - side // 2
-        if not len(found) or mask[row:row + side, column:column + side].any():
+        if not found or mask[row:row + side, column:column + side].any():
             return int(row), int(column), side
-    row, column = place(found[rng.integers(len(found))])
+    pixels = np.argwhere(mask)
+    row, column = place(pixels[rng.integers(len(pixels))])
     return int(row), int(column), side
 
 
