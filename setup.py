@@ -32,7 +32,7 @@ setup(
         'cuda13': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
         'wandb': ['wandb>=0.19'],
-        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.12', 'safetensors>=0.5', 'xarray>=2024.9',
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.12', 'safetensors>=0.5', 'xarray>=2024.9', 'h5netcdf>=1.3',
                  *(package for packages in FORMATS.values() for package in packages)],
         **FORMATS,
         'remote': ['fsspec>=2024.6', 'gcsfs>=2024.6', 's3fs>=2024.6'],      # gs:// and s3:// inputs of converters
