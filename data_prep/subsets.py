@@ -1,8 +1,11 @@
-"""Draws label subsets for training with few labels: `--label_counts=300,600,1200` of a converter.
+"""Draws label subsets for training with few labels: `--label_counts=300,600,1200` of a converter, or afterwards
 
-OUTPUT/subsets/<n>.json lists n examples of the train split, for `config.data.subset`. Subsets are balanced (each class
-has n / classes examples; where that is no whole number, the first classes have one more), nested (the smaller ones lie
-within the larger ones) and a function of the data set and the seed alone.
+    python -m data_prep.subsets --root=DIR --counts=300,600,1200 [--seeds=0,1,2]
+
+DIR/subsets/<n>.json lists n examples of the train split, for `config.data.subset`; with `--seeds`, several independent
+ones of each size, <n>-seed<seed>.json. Subsets are balanced (each class has n / classes examples; where that is no
+whole number, the first classes have one more), nested (the smaller ones lie within the larger ones of the seed) and a
+function of the data set and the seed alone.
 """
 import argparse
 import json
@@ -43,9 +46,12 @@ def draw(labels: np.ndarray, classes: Sequence[str], count: int, seed: int) -> n
     return np.sort(np.concatenate(rows))
 
 
-def write(out: str | os.PathLike, counts: Sequence[int], seed: int, split: str = 'train') -> list[pathlib.Path]:
+def write(out: str | os.PathLike, counts: Sequence[int], seed: int, split: str = 'train',
+          named: bool = False) -> list[pathlib.Path]:
     """Writes the subsets of the data set in folder `out`; what is there already is written again, alike.
 
+    Args:
+      named: after the seed too.
     Returns:
       The files, in the order of `counts`.
     Raises:
@@ -62,7 +68,7 @@ def write(out: str | os.PathLike, counts: Sequence[int], seed: int, split: str =
         content = {'split': split, 'seed': seed, 'fingerprint': manifest.source.get('fingerprint'),
                    'class_counts': np.bincount(known[rows], minlength=len(manifest.classes)).tolist(),
                    'rows': rows.tolist(), 'keys': [records.decode(source[i])['key'] for i in rows]}
-        paths.append(out / FOLDER / f'{count}.json')
+        paths.append(out / FOLDER / f'{count}-seed{seed}.json' if named else out / FOLDER / f'{count}.json')
         write_atomic(paths[-1], (json.dumps(content, indent=1) + '\n').encode())
     return paths
 
@@ -100,7 +106,29 @@ def write_asked(arguments: argparse.Namespace) -> None:
 
 
 def _counts(arguments: argparse.Namespace) -> list[int]:
-    texts = [t for t in arguments.label_counts.split(',') if t]
-    if not all(t.isdecimal() and int(t) for t in texts) or len(set(texts)) < len(texts):
-        raise UserError(f'--label_counts={arguments.label_counts}: expected different numbers like 300,600')
+    return _numbers('label_counts', arguments.label_counts, least=1)
+
+
+def _numbers(flag: str, text: str, least: int) -> list[int]:
+    texts = [t for t in text.split(',') if t]
+    if not all(t.isdecimal() and int(t) >= least for t in texts) or len(set(texts)) < len(texts):
+        raise UserError(f'--{flag}={text}: expected different numbers like 300,600')
     return [int(t) for t in texts]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--root', required=True, help='a converted data set')
+    parser.add_argument('--counts', required=True, help='examples: 300,600')
+    parser.add_argument('--seeds', default='', help='0,1,2 (default: one subset of each size, of seed 0, named <n>)')
+    a = parser.parse_args(arguments)
+    counts, seeds = _numbers('counts', a.counts, least=1), _numbers('seeds', a.seeds, least=0)
+    if not counts:
+        raise UserError(f'--counts={a.counts}: expected numbers like 300,600')
+    for seed in seeds or [0]:
+        for path in write(a.root, counts, seed, named=bool(seeds)):
+            print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+    convert.run(main)

@@ -1,16 +1,19 @@
 """Save and restore whole runs (state and data position as one item); graft an encoder from one run into another."""
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_jax.config import Duration
 from ssl_jax.errors import UserError, nearest
+from ssl_jax.models import posemb
 from ssl_jax.sharding import path_name
 from ssl_jax.step import TrainState
 
@@ -24,9 +27,12 @@ class Checkpoint:
     Args:
       every: a checkpoint after each such stretch, and always after the last step.
       keep: so many of the newest stay on disk.
+      best: '<tag>/<metric>' of an evaluator on another split than 'test': the state that did best by it is kept too, in
+        WORKDIR/best, and what the run reports at its end is of that state.
     """
     every: Duration = '10%'
     keep: int = 1
+    best: str | None = None
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -50,14 +56,14 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | No
 
 
 class Checkpoints:
-    """The checkpoints of a run: WORKDIR/checkpoints/<step>/{state,data}. Saving is asynchronous and atomic.
+    """The checkpoints of a run: WORKDIR/<folder>/<step>/{state,data}. Saving is asynchronous and atomic.
 
     Args:
       position: what must be equal for the data position to keep its meaning (global batch, seed, records of the split).
     """
 
-    def __init__(self, workdir: str, *, keep: int, position: Mapping[str, Any]):
-        self.folder, self.position = pathlib.Path(workdir).absolute() / 'checkpoints', dict(position)
+    def __init__(self, workdir: str, *, keep: int, position: Mapping[str, Any], folder: str = 'checkpoints'):
+        self.folder, self.position = pathlib.Path(workdir).absolute() / folder, dict(position)
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, create=True))
 
@@ -65,9 +71,11 @@ class Checkpoints:
         """Step of the newest complete checkpoint; half-written ones are not seen."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, **values: float) -> None:
         """Starts writing; the state may be donated to the next step at once.
 
+        Args:
+          values: to be kept with it, see `values`.
         Raises:
           UserError: there is no room on the disk, or the previous save failed; the checkpoints before it are intact.
         """
@@ -81,7 +89,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 # The data position is a pure function of the step: this is all there is to restore of the pipeline.
-                data=ocp.args.JsonSave({'next_step': step} | self.position)))
+                data=ocp.args.JsonSave({'next_step': step} | self.position | values)))
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest checkpoint into `abstract`, whose leaves carry the shardings wanted.
@@ -94,13 +102,23 @@ class Checkpoints:
         difference = _difference(flatten(_metadata(where / 'state')), flatten(abstract))
         if difference:
             raise UserError(f'checkpoint {where} is of another model: {difference}')
+        position = self.values()
+        for name, value in self.position.items():
+            if position[name] != value:
+                raise UserError(f'checkpoint {where} was made with {name}={position[name]!r}, '
+                                f'this run has {value!r}: use the same, or another --workdir')
         with _named(where):
-            position = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
-            for name, value in self.position.items():
-                if position[name] != value:
-                    raise UserError(f'checkpoint {where} was made with {name}={position[name]!r}, '
-                                    f'this run has {value!r}: use the same, or another --workdir')
             return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+
+    def values(self) -> dict[str, Any]:
+        """What the newest checkpoint keeps besides the state."""
+        with _named(self.folder):
+            return self._manager.restore(self.latest(), args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+
+    def wait(self) -> None:
+        """Until the save under way is complete."""
+        with _named(self.folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save under way."""
@@ -127,19 +145,24 @@ def _metadata(state_folder: pathlib.Path) -> Tree:
         return reader.metadata(state_folder).item_metadata.tree
 
 
-def find(path: str) -> pathlib.Path:
-    """The newest checkpoint of a run folder, or the checkpoint folder that `path` itself names.
+def find(path: str, which: str | None = None) -> pathlib.Path:
+    """A checkpoint of a run folder, or of a folder of checkpoints, or the checkpoint that `path` itself names.
 
+    Args:
+      which: of a run, the 'best' or the 'last' one; None: the best if it kept one.
     Raises:
       UserError: there is none.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     if (folder / 'state').is_dir():
         return folder
-    steps = [p for p in (folder / 'checkpoints').glob('*') if p.name.isdigit() and (p / 'state').is_dir()]
-    if not steps:
-        raise UserError(f'no checkpoint in {path}: expected a run folder, or a checkpoints/<step> of one')
-    return max(steps, key=lambda p: int(p.name))
+    folders = {None: ('best', 'checkpoints', '.'), 'best': ('best',), 'last': ('checkpoints',)}[which]
+    for name in folders:
+        steps = [p for p in (folder / name).glob('*') if p.name.isdigit() and (p / 'state').is_dir()]
+        if steps:
+            return max(steps, key=lambda p: int(p.name))
+    raise UserError(f'no {which + " " if which else ""}checkpoint in {path}: expected a run folder, or a '
+                    'checkpoints/<step> of one')
 
 
 def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
@@ -147,21 +170,31 @@ def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
 
     Args:
       state: concrete arrays, whose shardings and dtypes the grafted leaves take.
-      init_from: a run or checkpoint folder; or dict(path=, source=, target=) where the subtrees are not the usual ones,
-        the encoder's: 'params/encoder' together with what of it is frozen, 'aux/encoder'. The statistics that belong to
-        'params/encoder' are 'aux/stats/encoder', those of 'aux/teacher/encoder' are 'aux/teacher_stats/encoder'.
+      init_from: a run or checkpoint folder; or dict(path=, which=, source=, target=), where a path of None changes
+        nothing. `which` see `find`. The subtrees are the encoder's if not said otherwise: 'params/encoder' together
+        with what of it is frozen, 'aux/encoder'. The statistics that belong to 'params/encoder' are
+        'aux/stats/encoder', those of 'aux/teacher/encoder' are 'aux/teacher_stats/encoder'. Learned positions of
+        another square grid are resized, and relative ones that all blocks share become those of every block where this
+        run has them so; see `posemb.refit_relative`.
     Raises:
       UserError: no such subtree, or a path of it that is missing, left over or of another shape.
     """
     spec = dict(path=init_from) if isinstance(init_from, str) else dict(init_from)
-    unknown = [k for k in spec if k not in ('path', 'source', 'target')]
-    if unknown or 'path' not in spec:
-        raise UserError(f'config.init_from={init_from!r}: expected a folder or dict(path=, source=, target=)')
-    folder = find(spec['path']) / 'state'
+    unknown = [k for k in spec if k not in ('path', 'which', 'source', 'target')]
+    if unknown or 'path' not in spec or spec.get('which') not in (None, 'best', 'last'):
+        raise UserError(f'config.init_from={init_from!r}: expected a folder or dict(path=, which=, source=, target=), '
+                        "which='best' or 'last'")
+    if spec['path'] is None:
+        return state
+    folder = find(spec['path'], spec.get('which')) / 'state'
     saved, own = flatten(_metadata(folder)), flatten(state)
     source, there = _subtree(saved, spec, 'source', f'{folder}')
     target, wanted = _subtree(own, spec, 'target', 'this run')
-    difference = _difference({k: saved[p] for k, p in there.items()}, {k: own[p] for k, p in wanted.items()})
+    if _EACH in wanted and _SHARED in there:
+        there[_EACH] = there.pop(_SHARED)
+    refits = _refits({k: saved[p] for k, p in there.items()}, {k: own[p] for k, p in wanted.items()})
+    difference = _difference({k: own[wanted[k]] if k in refits else saved[p] for k, p in there.items()},
+                             {k: own[p] for k, p in wanted.items()})
     if difference:
         raise UserError(f'config.init_from={spec["path"]!r}: {source} does not fit {target}: {difference}')
 
@@ -171,12 +204,37 @@ def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
         node = item
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = jax.ShapeDtypeStruct(own[path].shape, own[path].dtype, sharding=own[path].sharding)
+        shape, sharding = own[path].shape, own[path].sharding
+        if name in refits:   # read whole by every device
+            shape = saved[there[name]].shape
+            sharding = (NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding)
+                        else sharding)
+        node[last] = jax.ShapeDtypeStruct(shape, own[path].dtype, sharding=sharding)
     with _named(folder), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
         restored = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)))
     grafted = {path: restored[there[name]] for name, path in wanted.items()}
+    for name, refit in refits.items():
+        path = wanted[name]
+        grafted[path] = jax.jit(refit, out_shardings=own[path].sharding)(grafted[path])
     return jax.tree.map_with_path(lambda path, leaf: grafted.get(path_name(path), leaf), state)
+
+
+# Names within an encoder: relative positions that its blocks share, and those of each.
+_SHARED, _EACH = 'rel_pos_table', 'blocks/attn/rel_pos_table'
+
+
+def _refits(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """What makes this run's positions of saved ones that are of another shape, by name."""
+    refits = {}
+    for name in {_SHARED, _EACH, 'pos_embed'} & saved.keys() & own.keys():
+        shape = tuple(own[name].shape)
+        if tuple(saved[name].shape) == shape or saved[name].shape[-1] != shape[-1]:
+            continue
+        refits[name] = (functools.partial(posemb.refit, shape=shape, class_token='cls_token' in own)
+                        if name == 'pos_embed' else functools.partial(posemb.refit_relative, shape=shape))
+        jax.eval_shape(refits[name], jax.ShapeDtypeStruct(saved[name].shape, own[name].dtype))
+    return refits
 
 
 def _subtree(paths: Mapping[str, Any], spec: Mapping[str, str], side: str, owner: str) -> tuple[str, dict[str, str]]:
@@ -189,7 +247,8 @@ def _subtree(paths: Mapping[str, Any], spec: Mapping[str, str], side: str, owner
     if not found:
         raise UserError(f'config.init_from: {owner} has no {" or ".join(usual)}')
     above, _, part = found[0].rpartition('/')
-    stats = f'{"aux/stats" if above in ("params", "aux") else above + "_stats"}/{part}'
+    own = above in ('params', 'aux', 'aux/average')   # these go with the run's own running statistics
+    stats = f'{"aux/stats" if own else above + "_stats"}/{part}'
     leaves = {p.removeprefix(prefix + '/'): p for prefix in found for p in paths if p.startswith(prefix + '/')}
     leaves |= {f'stats/{p.removeprefix(stats + "/")}': p for p in paths if p.startswith(stats + '/')}
     return ' with '.join(found), leaves

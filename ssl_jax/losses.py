@@ -77,6 +77,28 @@ def focal(logits: jax.Array, target: jax.Array, *, gamma: float = 2.0) -> jax.Ar
     return jax.lax.stop_gradient(1 - jnp.exp(-error)) ** gamma * error
 
 
+def dice(logits: jax.Array, target: jax.Array, *, where: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """1 - 2 |P T| / (|P| + |T|), P the probabilities of a class and T its pixels, averaged over the classes.
+
+    Milletari et al. 2016 (arXiv:1606.04797, section 3), with plain sums in the denominator, for several classes. The
+    sums are over the whole batch, so that an image without a rare class doesn't count as missing it.
+
+    Args:
+      logits: (..., K).
+      target: (...) class index.
+      where: (...) bool, the pixels that count.
+      weights: (K,) factor on each class's term; the mean divides by the number of classes, whatever their weights.
+    Returns:
+      Scalar float32: the mean over the classes that occur in the target; 0 where none does.
+    """
+    pixels = tuple(range(target.ndim))
+    truth = jax.nn.one_hot(target, logits.shape[-1]) * where[..., None]
+    p = jax.nn.softmax(logits.astype(jnp.float32)) * where[..., None]
+    overlap, total, occurs = (p * truth).sum(pixels), (p + truth).sum(pixels), truth.sum(pixels) > 0
+    terms = jnp.where(occurs, 1 - 2 * overlap / jnp.where(occurs, total, 1), 0)
+    return (terms if weights is None else terms * weights).sum() / jnp.maximum(occurs.sum(), 1)
+
+
 def info_nce(q: jax.Array, k: jax.Array, *, temperature: float,
              negatives: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """InfoNCE: picks the key of each query among others (van den Oord et al. 2018, arXiv:1807.03748, equation 4).

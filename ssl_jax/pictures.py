@@ -40,6 +40,30 @@ def paint_rgb(values: np.ndarray, low: float, high: float, valid: np.ndarray | N
     return _hatch((scaled * 255).astype(np.uint8), finite if valid is None else finite & valid)
 
 
+def paint_labels(labels: np.ndarray, count: int) -> np.ndarray:
+    """(H, W) label numbers as (H, W, 3) uint8, in the colours of `with_legend`; negative ones are hatched grey."""
+    return _hatch(_label_colours(count)[np.maximum(labels, 0)], labels >= 0)
+
+
+def paint_wrong(wrong: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(H, W) bool as (H, W, 3) uint8: red where wrong, light grey where right, hatched where not known."""
+    return _hatch(np.where(wrong[..., None], np.uint8((200, 30, 40)), np.uint8((232, 232, 232))), known)
+
+
+def with_legend(picture: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """A picture with the labels' names under it, each behind its colour; as many as there is room for."""
+    from PIL import Image, ImageDraw
+    strip = Image.new('RGB', (picture.shape[1], LABEL + GAP), 'white')
+    draw, left = ImageDraw.Draw(strip), GAP
+    for name, colour in zip(labels, _label_colours(len(labels))):
+        if left + 2 * LABEL + 7 * len(name) > picture.shape[1]:
+            break
+        draw.rectangle((left, GAP, left + 10, GAP + 10), fill=tuple(map(int, colour)))
+        draw.text((left + LABEL, GAP - 1), name, fill='black')
+        left += 2 * LABEL + 7 * len(name)
+    return np.concatenate([picture, np.asarray(strip)])
+
+
 def sheet(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], columns: Sequence[str] = (),
           side: int = 96) -> np.ndarray:
     """Titled rows of panels (H, W, 3) uint8, of one size in each row, as a picture (H', W', 3) uint8.
@@ -70,6 +94,13 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], columns: S
 def _colours(name: str) -> np.ndarray:
     import matplotlib
     return (matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
+
+
+@functools.cache
+def _label_colours(count: int) -> np.ndarray:
+    import matplotlib
+    colours = matplotlib.colormaps['tab10' if count <= 10 else 'tab20'].colors
+    return (np.resize(colours, (count, 3)) * 255).round().astype(np.uint8)
 
 
 def _hatch(rgb: np.ndarray, finite: np.ndarray) -> np.ndarray:

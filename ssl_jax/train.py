@@ -11,6 +11,7 @@ import numpy as np
 
 from ssl_jax import config as configs
 from ssl_jax import flops
+from ssl_jax.best import Best
 from ssl_jax.checkpoint import Checkpoints, graft
 from ssl_jax.errors import UserError
 from ssl_jax.experiment import Run, assemble
@@ -22,7 +23,8 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
     """Runs `config` in `workdir`, from its newest checkpoint if there is one.
 
     Returns:
-      The evaluators' results after the last step, '<tag>/<metric>' -> number.
+      The evaluators' results after the last step, '<tag>/<metric>' -> number. With `config.checkpoint.best` they are
+      those of the best state, and those of the last one are 'last/<tag>/<metric>'.
     """
     run = assemble(config, workdir)
     experiment, layout, first_process = run.experiment, run.layout, jax.process_index() == 0
@@ -35,6 +37,10 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
         # Restore, or initialise and graft.
         checkpoints = Checkpoints(workdir, keep=run.checkpoint.keep, position=run.position)
         stack.callback(checkpoints.close)
+        best = None
+        if run.checkpoint.best is not None:
+            best = Best(workdir, run.checkpoint.best, position=run.position)
+            stack.callback(best.close)
         start = checkpoints.latest() or 0
         if start:
             state = checkpoints.restore(run.state)
@@ -46,6 +52,7 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
 
         # Only now: a run that does not fit the checkpoint leaves the folder as it was.
         if first_process:
+            pathlib.Path(workdir, 'results.json').unlink(missing_ok=True)
             write_atomic(pathlib.Path(workdir, 'config.json'), json.dumps(configs.plain(config), indent=2) + '\n')
 
         # Data from the very example where the checkpoint left off: its position is a function of the step alone.
@@ -69,18 +76,23 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
                       flops_per_step=run.flops_per_step, peak_flops=peak and peak * jax.device_count())
         results = {}
 
-        def evaluate(step):
+        def evaluate(step, final=False):
+            # At the end an evaluator's own name is for the best state, where there is one.
+            prefix = 'last/' if best is not None and step == run.total_steps and not final else ''
             for tag, evaluator in run.evals.items():
                 if step % eval_every[tag] and step != run.total_steps:
                     continue
-                found = writer.evaluated(step, tag)
+                name = prefix + tag
+                found = writer.evaluated(step, name)
                 if not found:
                     numbers, pictures, arrays = sort_values(evaluator.run(run.objective, run.view, state))
-                    found = {f'{tag}/{k}': v for k, v in numbers.items()}
-                    writer.images(step, tag, pictures)
-                    writer.arrays(step, tag, arrays)
+                    found = {f'{name}/{k}': v for k, v in numbers.items() if not (prefix and k.startswith('random/'))}
+                    writer.images(step, name, pictures)
+                    writer.arrays(step, name, arrays)
                     writer.scalars(step, found)
                 results.update(found)
+                if best is not None and tag == best.tag and not final:
+                    best.offer(step, state, {k.removeprefix(prefix): v for k, v in found.items()})
 
         # An implicit copy between host and device in here would cost every step: it is an error.
         stack.enter_context(jax.transfer_guard('disallow'))
@@ -121,6 +133,17 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
             evaluate(done)
             meter.paused(time.perf_counter() - began)
 
+        if best is not None:
+            del state   # there may not be room for two
+            with jax.transfer_guard('allow'):
+                state = best.restore(run.state)
+            evaluate(run.total_steps, final=True)
+            progress.say(f'the best {best.metric}, {best.value:.4g}, was that of step {best.step}: its results follow')
+
+    if first_process:   # whoever finds it knows that the run has ended
+        finite = {k: v if v is not None and np.isfinite(v) else None for k, v in results.items()}
+        write_atomic(pathlib.Path(workdir, 'results.json'),
+                     json.dumps({'step': run.total_steps} | finite, indent=2) + '\n')
     progress.say(f'{run.total_steps} steps done, results in {workdir}')
     if results and first_process:
         print(table(results), flush=True)

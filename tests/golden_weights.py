@@ -91,6 +91,25 @@ def tree_to_vit(tree: dict, prefix: str = '') -> dict[str, np.ndarray]:
     return weights
 
 
+def classifier_to_tree(weights: dict[str, np.ndarray]) -> dict:
+    """Names of a fine-tuned ViT with `fc_norm` -> the parameters of `objectives.classify`, pooling='mean'.
+
+    The encoder's final norm, which is not used then, comes as ones and zeros.
+    """
+    weights = {re.sub(r'gamma_(.)$', r'ls\1.gamma', k): v for k, v in weights.items()}
+    weights = {k.replace('relative_position_bias_table', 'rel_pos_table'): v for k, v in weights.items()}
+    tree = vit_to_tree(weights)
+    norm = tree.pop('fc_norm')
+    tree['norm'] = {'scale': np.ones_like(norm['scale']), 'bias': np.zeros_like(norm['bias'])}
+    return {'head': {'fc_norm': norm, 'linear': tree.pop('head')}, 'encoder': tree}
+
+
+def tree_to_classifier(tree: dict) -> dict[str, np.ndarray]:
+    """The inverse of `classifier_to_tree`, for encoders without layer scale and relative positions."""
+    encoder = {k: v for k, v in tree['encoder'].items() if k != 'norm'}
+    return tree_to_vit(encoder | {'head': tree['head']['linear'], 'fc_norm': tree['head']['fc_norm']})
+
+
 def mae_to_tree(weights: dict[str, np.ndarray]) -> dict:
     """Names of the MAE reference -> the parameters of `objectives.mae.MAE`; the fixed position tables are left out."""
     weights = {k: v for k, v in weights.items() if not k.endswith('pos_embed')}

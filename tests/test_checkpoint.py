@@ -6,6 +6,7 @@ import pytest
 
 from ssl_jax.checkpoint import Checkpoints, flatten, graft
 from ssl_jax.errors import UserError
+from ssl_jax.models import posemb
 from ssl_jax.step import TrainState
 
 VIT = {'norm': 3, 'blocks': {'kernel': 4}}
@@ -84,6 +85,22 @@ def test_other_subtrees(tmp_path):
     got = changed(own, graft(own, dict(path=str(tmp_path), source='params/head', target='aux/probe')))
     assert got.keys() == {'aux/probe/kernel'}
     np.testing.assert_array_equal(got['aux/probe/kernel'], saved['params/head/kernel'])
+
+
+def test_learned_positions_of_another_grid(tmp_path):
+    """The class token's row stays, and the others are interpolated."""
+    positions = lambda rows: {'cls_token': jnp.ones((1, 1, 4)), 'pos_embed': jnp.ones((1, rows, 4))}
+    learned = {'pos_embed': jax.random.normal(jax.random.key(0), (1, 17, 4))}
+    saved = save(tmp_path, {'encoder': positions(17) | learned}, {})
+    own = state({'encoder': positions(10), 'head': 2}, {})
+    got = graft(own, str(tmp_path)).params['encoder']['pos_embed']
+    table = saved['params/encoder/pos_embed'][0]
+    np.testing.assert_array_equal(got[0, 0], table[0])
+    np.testing.assert_allclose(got[0, 1:], posemb.resize(table[1:], (4, 4), (3, 3), 'torch'), atol=1e-6)
+    with pytest.raises(UserError, match='9 learned positions are not those of a square grid'):
+        graft(state({'encoder': positions(9)}, {}), str(tmp_path))
+    with pytest.raises(UserError, match=r"expected a folder or dict\(path=, which=, source=, target=\)"):
+        graft(own, dict(path=str(tmp_path), which='first'))
 
 
 def test_misfits(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import zlib
 
 import evaluation
@@ -25,14 +26,75 @@ def test_evaluator(data):
     evaluator = evaluation.build('classification', data, layout, resamples=50, split='val')
     with jax.transfer_guard('disallow'):
         values = evaluator.run(evaluation.Stripes(), evaluation.view(data), evaluation.trained(layout))
-    names = {'accuracy', 'precision', 'recall', 'f1', 'auroc', 'auprc'}
-    assert set(values) == names | {f'{n}_{end}' for n in names for end in ('low', 'high')} | {'loss'}
+    six = {'accuracy', 'precision', 'recall', 'f1', 'auroc', 'auprc'}
+    names = six | {f'class/{c}/{n}' for c in ('across', 'down') for n in six}
+    arrays = {'predictions', 'labels', 'index', 'confusion', 'reliability', 'roc', 'pr'}
+    arrays |= {f'class/{c}/{n}' for c in ('across', 'down') for n in ('roc', 'pr')}
+    chance = {f'chance/{n}' for n in ('accuracy', 'f1', 'auroc', 'auprc', 'uniform/accuracy', 'uniform/f1')}
+    assert set(values) == names | {f'{n}_{end}' for n in names for end in ('low', 'high')} | arrays | chance | {
+        'loss', 'brier', 'ece'}
     found = features.extract(evaluator, evaluation.Stripes(), evaluation.view(data), evaluation.trained(layout), 'val',
                              ('logits',))
-    log_p = np.log(scores.softmax(found.values['logits']))
+    log_p = np.log(scores.probabilities(found.values['logits']))
     np.testing.assert_allclose(values['loss'], -log_p[np.arange(8), found.label].mean(), rtol=1e-5)
+    np.testing.assert_allclose(values['predictions'], np.exp(log_p), rtol=1e-5)
     assert values['accuracy'] == np.mean(log_p.argmax(1) == found.label)
-    assert any(n.startswith('random/') for n in evaluation.run('classification', data, resamples=5, baseline=True))
+
+
+def test_thresholds_come_from_another_split(data):
+    """Where the logits are shifted so far that everything looks positive."""
+    layout = evaluation.one_device()
+    shifted = evaluation.Stripes()
+    predict = shifted.predict
+    shifted.predict = lambda *args: (out := predict(*args)) | {
+        'logits': 0.2 * out['logits'] + jax.numpy.array([-4.0, 0])}
+    evaluator = evaluation.build('classification', data, layout, resamples=5, threshold_split='val', baseline=True)
+    values = evaluator.run(shifted, evaluation.view(data), evaluation.trained(layout))
+    assert values['accuracy'] == 0.5 and values['recall'] == 1
+    assert values['tuned/accuracy'] == values['tuned/f1'] == 1 and values['tuned/threshold'] > 0.5
+    assert {'tuned/f1_low', 'tuned/class/down/f1_high', 'random/tuned/f1', 'random/f1'} <= set(values)
+    assert not {'tuned/auroc', 'tuned/auroc_low', 'random/chance/f1', 'random/roc'} & set(values)
+    with pytest.raises(UserError, match="splits 'val', 'val'"):
+        evaluation.build('classification', data, split='val', threshold_split='val')
+
+
+def test_three_classes_have_no_threshold(data):
+    manifest = dataclasses.replace(data.manifest, classes=('a', 'b', 'c'))
+    three = dataclasses.replace(data)
+    three.__dict__['manifest'] = manifest
+    with pytest.raises(UserError, match="threshold_split='val': with 3 classes.*positive"):
+        evaluation.build('classification', three, threshold_split='val')
+    evaluation.build('classification', three, threshold_split='val', positive='b')
+
+
+def several_labels(root):
+    """Stripes whose labels are their direction and whether their number is even."""
+    items = {split: [Item(f'{split}{i}', label=(float(i % 2), float(i % 4 < 2)), data=((32, 32), 3, False))
+                     for i in range(n)] for split, n in (('train', 24), ('val', 8), ('test', 8))}
+    load = lambda item: tiny.load(dataclasses.replace(item, label=int(item.label[0])))
+    convert(Dataset('stripes', [ChannelSpec(f'c{i}') for i in range(3)], ('down', 'other'), items, load,
+                    {'converter': 'stripes'}, always_valid=True), root, quiet=True)
+    return Data(root=str(root), threads=1)
+
+
+def test_several_labels(tmp_path):
+    data, layout = several_labels(tmp_path / 'data'), evaluation.one_device()
+    one_sigmoid = evaluation.Stripes()
+    predict = one_sigmoid.predict
+    one_sigmoid.predict = lambda *args: (out := predict(*args)) | {
+        'logits': (out['logits'][:, 1:] - out['logits'][:, :1]) * jax.numpy.array([1.0, 0])}
+    view, state = evaluation.view(data), evaluation.trained(layout)
+    build = lambda name, **spec: evaluation.build(name, data, layout, baseline=False, **spec)
+    values = build('classification', resamples=5, threshold_split='val').run(one_sigmoid, view, state)
+    assert values['labels'].shape == values['predictions'].shape == (8, 2)
+    assert values['class/down/f1'] == values['class/down/auroc'] == 1 and values['class/other/auroc'] == 0.5
+    assert values['accuracy'] == 0.75 and values['exact'] == 0.5
+    assert values['tuned/class/other/recall'] == 1 and {'tuned/micro/f1', 'tuned/class/down/threshold'} <= set(values)
+    near = build('knn', k=(1, 5)).run(one_sigmoid, view, state)
+    assert set(near) == {f'k{k}/{n}' for k in (1, 5) for n in ('accuracy', 'f1', 'auroc', 'auprc')}
+    assert build('knn', k=(5,), positive='down').run(one_sigmoid, view, state)['k5/f1'] == 1
+    probe = build('linear_probe', resamples=5, readout=('cls',)).run(one_sigmoid, view, state)
+    assert probe['class/down/f1'] == 1 and {'val_auprc', 'class/other/threshold', 'micro/auroc'} <= set(probe)
 
 
 @pytest.mark.parametrize('batch', [2, 6, 30])

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import golden_weights as golden
@@ -7,8 +8,13 @@ import numpy as np
 import pytest
 
 from ssl_jax import losses
+from ssl_jax.checkpoint import Checkpoints, graft
 from ssl_jax.errors import UserError
 from ssl_jax.objectives.classify import Classify
+from ssl_jax.objectives.mixing import mix
+from ssl_jax.optim import layer_scales
+from ssl_jax.sharding import Layout
+from ssl_jax.step import TrainState
 
 TINY = dict(name='vit', patch=8, width=32, depth=1, heads=2)
 KEY = jax.random.key(0)
@@ -39,9 +45,10 @@ def reference_model(pooling, **options):
                    pos='learned')
     objective = Classify(encoder=encoder, pooling=pooling, image_size=(s['img_size'],) * 2, channels=s['in_chans'],
                          classes=s['num_classes'], **options)
-    weights = {k.replace('fc_norm', 'norm'): v for k, v in golden.load('mae_finetune.safetensors').items()}
-    tree = golden.vit_to_tree(weights)
-    params = jax.tree.map(jnp.asarray, {'head': {'linear': tree.pop('head')}, 'encoder': tree})
+    params = golden.classifier_to_tree(golden.load('mae_finetune.safetensors'))
+    if pooling == 'cls':
+        params['encoder']['norm'] = params['head'].pop('fc_norm')
+    params = jax.tree.map(jnp.asarray, params)
     expected, _ = jax.eval_shape(objective.init, KEY)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
     return objective, params
@@ -52,11 +59,49 @@ def test_forward_matches_the_reference(pooling, suffix):
     objective, params = reference_model(pooling)
     numbers = golden.load('mae_finetune.npz')
     image = jnp.asarray(numbers['x'].transpose(0, 2, 3, 1))
-    pooled, out = jax.jit(lambda: (objective.net.bind(params['encoder']).pooled(image, pooling),
+    features = objective.head.bind(params['head']).features
+    pooled, out = jax.jit(lambda: (features(objective.net.bind(params['encoder']).pooled(image, pooling)),
                                    objective.predict(params, {}, {'image': image})))()
     golden.assert_golden('mae_finetune', f'feature_{suffix}', pooled, numbers[f'feature_{suffix}'])
     golden.assert_golden('mae_finetune', f'logits_{suffix}', out['logits'], numbers[f'logits_{suffix}'])
     assert out['cls'].shape == (4, 48) and out['patches'].shape == (4, 16, 48)
+
+
+def test_simmim_fine_tuning_matches_the_reference(tmp_path):
+    """From a pre-trained state at 48 pixels, whose blocks share their positions, to 64, where each has its own."""
+    s, numbers = golden.settings('simmim'), golden.load('simmim_finetune.npz')
+    pretrained = golden.simmim_to_tree(golden.load('simmim.safetensors'))
+    checkpoints = Checkpoints(str(tmp_path), keep=1, position={})
+    checkpoints.save(0, TrainState(step=STEP, params=jax.tree.map(jnp.asarray, pretrained), opt_state={}, aux={}))
+    checkpoints.close()
+
+    encoder = dict(name='vit', patch=s['patch_size'], width=s['embed_dim'], depth=s['depth'], heads=s['num_heads'],
+                   pos='relative_each', qkv_bias='qv', layer_scale=s['init_values'])
+    objective = Classify(encoder=encoder, pooling='mean', image_size=(s['ft_img'],) * 2, channels=3,
+                         classes=s['num_classes'])
+    params, aux = fresh(objective)
+    params = graft(TrainState(step=STEP, params=params, opt_state={}, aux=aux), str(tmp_path)).params
+    tables = np.asarray(params['encoder']['blocks']['attn']['rel_pos_table'])
+    for table in tables:
+        golden.assert_golden('simmim_finetune', 'table_resized', table, numbers['table_resized'])
+
+    head = {'fc_norm': {'scale': numbers['fc_norm.weight'], 'bias': numbers['fc_norm.bias']},
+            'linear': {'kernel': numbers['head.weight'].T, 'bias': numbers['head.bias']}}
+    params = params | {'head': jax.tree.map(jnp.asarray, head)}
+    image = jnp.asarray(numbers['x'].transpose(0, 2, 3, 1))
+    features = objective.head.bind(params['head']).features
+    feature, out = jax.jit(lambda: (features(objective.net.bind(params['encoder']).pooled(image, 'mean')),
+                                    objective.predict(params, {}, {'image': image})))()
+    golden.assert_golden('simmim_finetune', 'feature', feature, numbers['feature'])
+    golden.assert_golden('simmim_finetune', 'logits', out['logits'], numbers['logits'])
+
+    scales = layer_scales(params, s['layer_decay'])
+    kernel = lambda name: name.endswith('.weight') and 'norm' not in name
+    expected = golden.classifier_to_tree({k: np.full((1, 1) if kernel(k) else 1, v['lr_scale'])
+                                          for k, v in s['finetune_layer_scales'].items()})
+    del expected['encoder']['norm'], scales['encoder']['norm']   # not in use
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(lambda got, want: close(np.ravel(got), np.ravel(want)), scales, expected)
 
 
 def test_cross_entropy_matches_the_reference():
@@ -192,14 +237,133 @@ def test_class_weights_and_criteria():
     close(loss['several'], -(several * np.log(p) + (1 - several) * np.log(1 - p)).mean())
 
 
+def test_pooling():
+    """All tokens after the final norm; and a query, to which the order of the patches is nothing."""
+    data, options = batch(), dict(head_std=0.1, encoder=TINY | dict(depth=2, registers=1))
+    everything, attentive = make(pooling='all', **options), make(pooling='attentive', frozen=True, **options)
+    params, aux = fresh(everything)
+    vit = lambda: everything.net.bind(params['encoder'])
+    tokens, streams, last4 = jax.jit(lambda: (vit()(data['image']), vit().norm(vit().encode_layers(data['image'])),
+                                              vit().pooled(data['image'], 'last4')))()
+    np.testing.assert_allclose(last4, np.concatenate(streams[:, :, 0], axis=1), atol=1e-5)
+    assert make(pooling='last4', **options).head.init(KEY)[0]['linear']['kernel'].shape == (64, 3)   # two blocks
+    linear = params['head']['linear']
+    np.testing.assert_allclose(jax.jit(everything.predict)(params, aux, data)['logits'],
+                               tokens.mean(1) @ linear['kernel'] + linear['bias'], rtol=1e-4, atol=1e-5)
+    assert set(params['head']) == {'linear'}
+
+    params, aux = fresh(attentive)
+    assert set(params['head']) == {'pool', 'linear'} and set(aux) == {'encoder'}   # batch normalisation is for others
+    (loss, _), grads = loss_and_grad(attentive)(params, aux, data, key=KEY)
+    assert np.isfinite(loss)
+    assert all(np.any(g) for g in jax.tree.leaves(grads['head']['linear']))
+    assert np.any(grads['head']['pool']['query']) and np.any(grads['head']['pool']['kv']['kernel'])
+    logits = jax.jit(lambda x: attentive.head.bind(params['head'])(x, train=False))
+    patches = tokens[:, 2:]
+    np.testing.assert_allclose(logits(patches), logits(patches[:, ::-1]), atol=1e-5)
+    assert np.ptp(logits(patches), axis=0).max() > 1e-3
+
+
+def test_mixtures():
+    """One in two steps a mixup, one a cutmix; the share is what is left of the image."""
+    n = 400
+    image = jnp.broadcast_to(jnp.arange(4.0).reshape(4, 1, 1, 1), (4, 20, 30, 1))   # 0 with 3, 1 with 2
+    draw = jax.jit(jax.vmap(lambda key: mix(image, key, mixup=0.8, cutmix=1.0)))
+    mixed, share = draw(jax.random.split(KEY, n))
+    mixed, share = np.asarray(mixed), np.asarray(share)
+    np.testing.assert_allclose(mixed[:, 0], 3 - mixed[:, 3], atol=1e-5)
+    np.testing.assert_allclose(mixed[:, 1], 1 + mixed[:, 0] / 3, atol=1e-5)
+    np.testing.assert_allclose(mixed[:, 0].mean((1, 2, 3)), 3 * (1 - share), atol=1e-4)
+    flat = np.ptp(mixed[:, 0], axis=(1, 2, 3)) < 1e-4
+    assert 0.4 < flat.mean() < 0.62
+    # Beta(0.8, 0.8) has mean 1/2 and deviation 0.31.
+    np.testing.assert_allclose([share[flat].mean(), share[flat].std()], [0.5, 0.31], atol=0.05)
+    cut = mixed[~flat, 0, ..., 0] > 1.5
+    rows, columns = cut.any(2).sum(1), cut.any(1).sum(1)
+    np.testing.assert_array_equal(rows * columns, cut.sum((1, 2)))   # boxes
+    edges = cut[:, [0, -1]].any((1, 2)) | cut[..., [0, -1]].any((1, 2))
+    whole = (rows > 4) & ~edges
+    assert whole.sum() > 20
+    np.testing.assert_allclose((columns / rows)[whole], 1.5, atol=0.45)   # of the image's shape
+    assert share[~flat].mean() > 0.55   # boxes are cut off at the edges
+
+
+def test_mixtures_do_not_depend_on_the_devices():
+    layout, data = Layout(data=2), np.random.default_rng(0).normal(size=(8, 6, 6, 2)).astype('f4')
+    run = jax.jit(lambda image: mix(image, KEY, mixup=0.8, cutmix=0.0))
+    split, whole = layout.put({'image': data})['image'], layout.put_replicated(data)
+    assert [len(s.data) for s in split.addressable_shards] == [4, 4]
+    jax.tree.map(np.testing.assert_array_equal, run(split), run(whole))
+    assert not np.allclose(run(whole)[0], data)
+
+
+class OfPixels(Classify):
+    """The head of a classifier on pixels."""
+
+    def _pooled(self, encoder, image, **_):
+        return image[:, :4, :4].reshape(len(image), 32)
+
+
+def test_losses_of_mixtures(monkeypatch):
+    """Each criterion's loss is the shares' mean of both labels' losses."""
+    share, data = 0.3, batch()
+    monkeypatch.setattr('ssl_jax.objectives.classify.mix',
+                        lambda image, key, mixup, cutmix: (share * image + (1 - share) * image[::-1], share))
+    make = lambda **options: OfPixels(encoder=TINY, image_size=(16, 24), channels=2, classes=3, **options)
+    plain, mixing = make(head_std=0.1), make(mixup=0.8, cutmix=1.0)
+    several = jnp.asarray(np.random.default_rng(1).integers(0, 2, (6, 3)), jnp.float32)
+    cases = {'ce': (dict(label_smoothing=0.1, class_weights=(1.0, 2.0, 3.0)), data['label']),
+             'unknown': ({}, data['label'].at[0].set(-1)), 'focal': (dict(criterion='focal'), data['label']),
+             'bce': (dict(criterion='bce'), several)}
+    params, aux = fresh(plain)
+    image = share * data['image'] + (1 - share) * data['image'][::-1]
+    logits = plain.head.bind(params['head'])(plain._pooled(None, image), train=True)
+    for name, (options, label) in cases.items():
+        objective = dataclasses.replace(mixing, **options)
+        loss, (_, metrics) = objective.loss(params, aux, data | {'label': label}, step=STEP, key=KEY)
+        each = share * objective._losses(logits, label) + (1 - share) * objective._losses(logits, label[::-1])
+        np.testing.assert_allclose(loss, each[1:-1].mean() if name == 'unknown' else each.mean(), rtol=1e-5)
+    soft = share * jax.nn.one_hot(data['label'], 3) + (1 - share) * jax.nn.one_hot(data['label'][::-1], 3)
+    loss, (_, metrics) = mixing.loss(params, aux, data, step=STEP, key=KEY)
+    np.testing.assert_allclose(loss, losses.cross_entropy(logits, soft).mean(), rtol=1e-5)
+    assert metrics['accuracy'] == (logits.argmax(-1) == data['label'][::-1]).mean()   # of which there is more
+
+
+def test_average_of_the_weights():
+    objective = make(ema=0.9, head_std=0.1)
+    params, aux = fresh(objective)
+    moved = jax.tree.map(lambda x: x + 1, params)
+    update = jax.jit(objective.update_aux)
+    first = update(moved, aux, step=jnp.int32(0))
+    jax.tree.map(np.testing.assert_array_equal, first['average'], moved)   # a grafted encoder does not wait
+    second = update(params, first, step=jnp.int32(1))
+    np.testing.assert_allclose(second['average']['head']['linear']['bias'], 0.9, rtol=1e-6)
+    predict, plain = (jax.jit(lambda p, a, o=o: o.predict(p, a, batch())['logits']) for o in (objective, make()))
+    np.testing.assert_array_equal(predict(params, first), plain(moved, {}))
+    assert set(make(ema=0.9, frozen=True).init(KEY)[1]['average']) == {'head'}
+
+
+def test_balanced_class_weights():
+    objective = make(class_weights='balanced', class_counts=lambda: (10, 20, 60))
+    np.testing.assert_allclose(objective.weights, [3, 1.5, 0.5])
+    with pytest.raises(UserError, match="class_weights='balanced': class number 1 has no example"):
+        make(class_weights='balanced', class_counts=lambda: (10, 0, 60))
+    with pytest.raises(UserError, match='is not known'):
+        make(class_weights='balanced')
+
+
 def test_bad_values_are_named():
     with pytest.raises(UserError, match='unlabelled'):
         make(classes=0)
     with pytest.raises(UserError, match=r'class_weights=\(1.0, 2.0\): expected 3 numbers'):
         make(class_weights=(1.0, 2.0))
-    with pytest.raises(UserError, match='label_smoothing=1.5'):
-        make(label_smoothing=1.5)
+    for options in (dict(label_smoothing=1.5), dict(mixup=-1.0), dict(cutmix=-0.1), dict(ema=1.0)):
+        (name, value), = options.items()
+        with pytest.raises(UserError, match=f'config.objective.{name}={value}: expected'):
+            make(**options)
     with pytest.raises(UserError, match=r"config.objective.encoder.depht.*'depth'"):
         make(encoder=TINY | dict(depht=3))
+    with pytest.raises(UserError, match="pooling='last4': expected a model of blocks .'vit'., found 'resnet'"):
+        make(encoder=dict(name='resnet', depth=18), pooling='last4')
     with pytest.raises(UserError, match='16x20 is not divisible'):
         make(image_size=(16, 20))

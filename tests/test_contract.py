@@ -19,7 +19,7 @@ MOVING_AUX = {'simsiam': ('stats',),
               'moco': ('averaged', 'filled', 'momentum', 'momentum_stats', 'pointer', 'queue', 'stats'),
               'moco-vit': ('averaged', 'filled', 'momentum', 'pointer', 'queue'),
               'dino': ('teacher', 'center'), 'ibot': ('teacher', 'center', 'patch_center'),
-              'mae': (), 'simmim': (), 'classify': (), 'classify-frozen': ('stats',),
+              'mae': (), 'simmim': (), 'segment': (), 'classify': (), 'classify-frozen': ('stats',),
               'mocov3': ('averaged', 'momentum', 'momentum_stats', 'stats')}
 VOCABULARY = {'cls', 'patches', 'logits', 'recon', 'mask'}
 BATCH = 8
@@ -41,7 +41,8 @@ def build(name, *, size=(32, 32), channels=3):
 def make_batch(size=(32, 32), channels=3, valid=False):
     rng = np.random.default_rng(0)
     batch = {'image': rng.normal(size=(BATCH, *size, channels)).astype('f4'), 'label': np.arange(BATCH, dtype='i4') % 2,
-             'index': np.arange(BATCH, dtype='i4'), 'position': np.arange(BATCH, dtype='u4')}
+             'index': np.arange(BATCH, dtype='i4'), 'position': np.arange(BATCH, dtype='u4'),
+             'label_map': rng.integers(-1, 2, (BATCH, *size), dtype='i4')}
     if valid:
         batch['valid'] = rng.uniform(size=(BATCH, *size, 1)) > 0.3
         batch['image'] = np.where(batch['valid'], batch['image'], 0)
@@ -95,7 +96,8 @@ def test_two_steps(name):
 
 @pytest.mark.parametrize('name, mesh', [
     # fsdp splits batch, parameters and aux.
-    *((name, dict(data=1, fsdp=2)) for name in tiny.OBJECTIVES if name not in ('classify-frozen', 'moco-vit')),
+    *((name, dict(data=1, fsdp=2)) for name in tiny.OBJECTIVES
+      if name not in ('classify-frozen', 'moco-vit', 'segment')),
     ('mae', dict(data=2)), ('mae', dict(data=1, tensor=2))], ids=str)
 def test_sharded_equals_replicated(name, mesh):
     objective, tx = build(name), optax.sgd(0.1)
@@ -117,10 +119,9 @@ def test_sharded_equals_replicated(name, mesh):
 
 
 @every_objective
-@pytest.mark.parametrize('channels', [1, 3, 9])
-@pytest.mark.parametrize('size', [(32, 32), (64, 96)], ids=str)
-def test_shapes(name, channels, size):
-    valid = (channels == 3) == (size == (32, 32))   # with and without, at each size and most numbers of channels
+@pytest.mark.parametrize('channels, size, valid', [(1, (32, 32), True), (3, (64, 96), True), (9, (64, 96), False)],
+                         ids=str)
+def test_shapes(name, channels, size, valid):
     objective = build(name, size=size, channels=channels)
     batch = make_batch(size, channels, valid)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -140,6 +141,6 @@ def test_shapes(name, channels, size):
     (b, n, d), (h, w) = out['patches'].shape, size
     assert out['cls'].shape == (BATCH, d) and b == BATCH and n == h * w // 64
     if 'logits' in out:
-        assert out['logits'].shape == (BATCH, 2)
+        assert out['logits'].shape == ((BATCH, *size, 2) if name == 'segment' else (BATCH, 2))
     if 'recon' in out:
         assert out['recon'].shape == (BATCH, h, w, channels) and out['mask'].shape == (BATCH, n)

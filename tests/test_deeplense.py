@@ -107,6 +107,21 @@ def test_subsets_are_balanced_nested_and_repeatable(made, tmp_path):
     assert set(subsets.draw(labels, classes, 10, 1)) != rows[10]
 
 
+def test_subsets_of_several_seeds(made, capsys):
+    root, _ = made
+    subsets.main([f'--root={root}/out', '--counts=10,4', '--seeds=0,3'])
+    read = lambda name: json.loads((root / 'out' / 'subsets' / f'{name}.json').read_text())['rows']
+    assert read('10-seed0') == read('10') != read('10-seed3')
+    assert set(read('4-seed3')) < set(read('10-seed3'))
+    assert capsys.readouterr().out.count('wrote ') == 4
+    before = read('4')
+    subsets.main([f'--root={root}/out', '--counts=4'])
+    assert read('4') == before
+    for flags in (['--counts=4', '--seeds=0,0'], ['--counts=x'], ['--counts=']):
+        with pytest.raises(UserError, match='expected .*numbers like 300,600'):
+            subsets.main([f'--root={root}/out', *flags])
+
+
 def test_the_pipeline_reads_a_subset(made):
     root, _ = made
     rows = json.loads((root / 'out' / 'subsets' / '10.json').read_text())['rows']

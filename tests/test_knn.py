@@ -41,6 +41,16 @@ def test_votes_equal_scikit_learn():
         np.testing.assert_allclose(found[k] / found[k].sum(1, keepdims=True), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_votes_for_several_labels_equal_scikit_learn():
+    rng = np.random.default_rng(1)
+    bank, queries = rng.normal(size=(30, 4)).astype('f4'), rng.normal(size=(9, 4)).astype('f4')
+    labels = rng.integers(2, size=(30, 3))
+    found = knn.votes(bank, labels, queries, ks=[5], classes=3, temperature=0.2, layout=Layout())[5]
+    model = KNeighborsClassifier(5, metric='cosine', weights=lambda distance: np.exp((1 - distance) / 0.2))
+    expected = model.fit(bank, labels).predict_proba(queries)
+    np.testing.assert_allclose(found, np.stack([p[:, 1] for p in expected], 1), rtol=1e-5, atol=1e-7)
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('stripes') / 'data'

@@ -18,10 +18,14 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+from ssl_jax.best import Best
 from ssl_jax.checkpoint import find, flatten
 from ssl_jax.data.pipeline import Data
 from ssl_jax.errors import UserError
+from ssl_jax.evals.classification import Classification
 from ssl_jax.experiment import assemble
+from ssl_jax.step import TrainState
+from ssl_jax.tools.evaluate import evaluate
 from ssl_jax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -121,7 +125,7 @@ def watch(monkeypatch):
     return seen, stop
 
 
-@pytest.mark.parametrize('objective', sorted(set(tiny.OBJECTIVES) - {'classify-frozen', 'moco'}))   # moco-vit is there
+@pytest.mark.parametrize('objective', sorted(set(tiny.OBJECTIVES) - {'classify-frozen', 'moco', 'segment'}))
 def test_resume_is_bitwise(objective, stripes, tmp_path, watch):
     seen, stop = watch
     config = tiny.config(stripes / 'data', objective, duration=STEPS)
@@ -251,6 +255,84 @@ def test_full_disk_is_said_before_anything_is_written(stripes, tmp_path, monkeyp
     with pytest.raises(UserError, match=r'checkpoint .*checkpoints/2 needs 1.\d MiB and the disk has 1.0 left'):
         train(tiny.config(stripes / 'data', duration=STEPS), str(tmp_path))
     assert not list((tmp_path / 'checkpoints').iterdir())
+
+
+def test_best_state(stripes, tmp_path, watch, monkeypatch):
+    """The best by validation is kept through interruptions, and is what the end reports; the last stands beside."""
+    _, stop = watch
+    accuracy = {2: 0.5, 4: 0.9, 6: 0.7}
+    monkeypatch.setattr(Classification, 'measure', lambda self, objective, view, state: {
+        'accuracy': accuracy[int(jax.device_get(state.step))], 'loss': 1.0 - int(jax.device_get(state.step)) / 9})
+    config = tiny.config(stripes / 'data', 'classify', duration=STEPS, checkpoint=dict(every=4, best='val/accuracy'),
+                         evals=dict(val=dict(name='classification', split='val', every=2, resamples=2)))
+    final = {'val/accuracy': 0.9, 'val/loss': 1 - 4 / 9, 'last/val/accuracy': 0.7, 'last/val/loss': 1 - 6 / 9}
+    run = tmp_path / 'run'
+    stop[0] = 5
+    with pytest.raises(Interrupted):
+        train(config, str(run))
+    shutil.rmtree(run / 'best' / '4')   # as if it had been killed between the log's line and the state
+    stop[0] = None
+    assert train(config, str(run)) == pytest.approx(final)
+    assert find(str(run)) == run / 'best' / '4' == find(str(run / 'best')) and find(str(run), 'last').name == '6'
+    lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['val/accuracy'] for line in lines if 'val/accuracy' in line] == [0.5, 0.9, 0.9]
+    assert train(config, str(run)) == pytest.approx(final)   # it was finished
+    assert len((run / 'metrics.jsonl').read_text().splitlines()) == len(lines)
+    assert evaluate(str(run), best=True)['val/accuracy'] == 0.9
+
+
+def test_smallest_loss_is_the_best(tmp_path):
+    best = Best(str(tmp_path), 'val/loss', position={})
+    state = TrainState(step=np.int32(0), params={'w': np.zeros(2)}, opt_state={}, aux={})
+    for step, value in enumerate((None, 3.0, 2.0, float('nan'), 2.5)):
+        best.offer(step, state, {'val/loss': value})
+        assert best.step == (None, 1, 2, 2, 2)[step]
+        if step == 0:
+            with pytest.raises(UserError, match='never was a finite number'):
+                best.restore(state)
+    best.close()
+    again = Best(str(tmp_path), 'val/loss', position={})
+    assert (again.step, again.value) == (2, 2.0)
+    with pytest.raises(UserError, match="checkpoint.best='val/loss': the evaluator has no such result"):
+        again.offer(4, state, {'val/accuracy': 0.5})
+    again.close()
+
+
+@pytest.mark.parametrize('best, message', [
+    ('val/accuracy', 'expected .<tag>/<metric>. of one of config.evals: test'), ('test', 'expected .<tag>/<metric>'),
+    ('test/accuracy', "config.evals.test scores split 'test', expected an evaluator of another split")])
+def test_what_may_not_choose(stripes, best, message):
+    config = tiny.config(stripes / 'data', 'classify', evals=dict(test=dict(name='classification')))
+    with pytest.raises(UserError, match=message):
+        assemble(config | dict(checkpoint=dict(best=best)), 'unused')
+
+
+EVERYTHING = dict(
+    objective=tiny.OBJECTIVES['classify'] | dict(
+        encoder=tiny.ENCODER | dict(drop_path=0.2), pooling='mean', mixup=0.8, cutmix=1.0, label_smoothing=0.1,
+        class_weights='balanced', ema=0.99),
+    view=dict(name='single', size=16, crop=dict(scale=(0.3, 1.0)), hflip=0.5, randaugment=dict(), erasing=dict(),
+              interpolation='bilinear'),
+    optim=dict(name='adamw', lr=1e-3, weight_decay=0.05, layer_decay=0.65))
+
+
+def test_fine_tuning_with_everything(tmp_path):
+    tiny.write(tmp_path / 'data', load=tiny.load_bytes)
+    train(tiny.config(tmp_path / 'data', duration=2) | EVERYTHING, str(tmp_path / 'run'))
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert len(lines) == 2 and all(np.isfinite(line['loss']) for line in lines)
+    state = final_state(tmp_path / 'run')
+    before, after = (state[f'{where}/encoder/patch_embed/kernel'] for where in ('aux/average', 'params'))
+    assert 0 < np.abs(before - after).max() < 1e-2
+
+
+def test_time_series_as_channels(tmp_path):
+    tiny.write(tmp_path / 'data', channels=27)
+    objective = tiny.OBJECTIVES['classify'] | dict(criterion='focal', class_weights='balanced')
+    run = assemble(tiny.config(tmp_path / 'data', 'classify') | dict(objective=objective), 'unused')
+    assert run.state.params['encoder']['patch_embed']['kernel'].shape == (8, 8, 27, 32)
+    np.testing.assert_array_equal(run.objective.weights, [1, 1])
+    assert Data(str(tmp_path / 'data'), limit=4).class_counts == (4, 0)   # those that are trained on
 
 
 @pytest.mark.parametrize('changes, message', [

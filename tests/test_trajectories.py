@@ -112,19 +112,14 @@ def test_mae_fine_tuning():
     optim = Optim(name='adamw', lr=train['lr'], warmup=f'{train["warmup_epochs"]}ep', end_lr=train['min_lr'],
                   betas=(0.9, 0.999), weight_decay=train['weight_decay'], layer_decay=settings['layer_decay'],
                   no_decay=('bias$', 'scale$', 'gamma$', 'pos_embed$', 'cls_token$'), clip_norm=train['clip_grad'])
-    encoder = golden_weights.vit_to_tree({k.replace('fc_norm', 'norm'): v for k, v in
-                                          golden_weights.load('mae_finetune.safetensors').items()})
-    params = {'head': {'linear': encoder.pop('head')}, 'encoder': encoder}
+    params = golden_weights.classifier_to_tree(golden_weights.load('mae_finetune.safetensors'))
     batches = batches_of(image=golden['x'].transpose(0, 1, 3, 4, 2), label=golden['y'],
                          position=np.arange(golden['y'].size, dtype=np.uint32).reshape(golden['y'].shape))
     got, states, plan = trajectory(objective, optim, params, {}, batches, batch=train['batch_size'],
                                    steps_per_epoch=train['steps_per_epoch'])
     np.testing.assert_allclose([plan['lr'](i) for i in range(len(got))], golden['base_lrs'], rtol=1e-12, atol=1e-15)
     assert_golden('mae_finetune_train', 'losses', got, golden['losses'])
-    final = states[-1].params
-    final = golden_weights.tree_to_vit(final['encoder'] | {'head': final['head']['linear']})
-    assert_final('mae_finetune_train', golden, {k if k.startswith('blocks') else k.replace('norm', 'fc_norm'): v
-                                                for k, v in final.items()})
+    assert_final('mae_finetune_train', golden, golden_weights.tree_to_classifier(states[-1].params))
 
 
 def test_simmim():

@@ -48,7 +48,7 @@ def test_reference_forward():
     @jax.jit
     def forward(params, image):
         vit = net.bind(params)
-        pooled = {pool: vit.pooled(image, pool) for pool in ('cls', 'mean')}
+        pooled = {'cls': vit.pooled(image, 'cls'), 'mean': vit.norm(vit.pooled(image, 'mean'))}
         logits = {pool: x @ head['kernel'] + head['bias'] for pool, x in pooled.items()}
         return dict(embed=vit.patch_embed(layers.patchify(image, vit.patch)), blocks=vit.encode_layers(image),
                     tokens=vit(image), pooled=pooled, logits=logits, **vit.features(image))
@@ -111,9 +111,14 @@ def test_reference_at_a_dynamic_image_size():
 def test_reference_finetuned_classifier():
     golden, weights = load('mae_finetune.npz'), load('mae_finetune.safetensors')
     params, head = split_head({k.replace('fc_norm.', 'norm.'): v for k, v in weights.items()})
-    net = golden_vit()
-    for pool, key in (('mean', 'gap'), ('cls', 'cls')):
-        feature = jax.jit(lambda params, p=pool: net.bind(params).pooled(nhwc(golden['x']), p))(params)
+    net, image = golden_vit(), nhwc(golden['x'])
+
+    @jax.jit
+    def features(params):
+        vit = net.bind(params)
+        return {'gap': vit.norm(vit.pooled(image, 'mean')), 'cls': vit.pooled(image, 'cls')}
+
+    for key, feature in features(params).items():
         assert_golden('mae_finetune', f'feature_{key}', feature, golden[f'feature_{key}'])
         assert_golden('mae_finetune', f'logits_{key}', feature @ head['kernel'] + head['bias'], golden[f'logits_{key}'])
 

@@ -23,6 +23,17 @@ def load_bytes(item: Item) -> dict:
     return {'image': np.clip(128 + 50 * load(item)['image'], 0, 255).astype('u1')}
 
 
+def load_mapped(item: Item) -> dict:
+    """With a label map: 1 where the first channel, without most of its noise, is bright."""
+    example = load(item)
+    smooth = np.nan_to_num(example['image'][..., 0]).mean(item.label, keepdims=True)
+    return example | {'label_map': np.broadcast_to(smooth > 0, example['image'].shape[:2]).astype('u1')}
+
+
+def load_bytes_mapped(item: Item) -> dict:
+    return load_mapped(item) | load_bytes(item)
+
+
 def write(out, *, size=(32, 32), channels=3, train=24, invalid=False, load=load) -> Manifest:
     """Converts train + 8 val + 8 test images into `out`."""
     splits = {'train': train, 'val': 8, 'test': 8}
@@ -48,6 +59,7 @@ OBJECTIVES = {
     'moco-vit': dict(name='moco', encoder=ENCODER, dim=8, queue_size=24),
     'classify': dict(name='classify', encoder=ENCODER),
     'classify-frozen': dict(name='classify', encoder=ENCODER, frozen=True),
+    'segment': dict(name='segment', encoder=ENCODER, labels=('dark', 'bright')),
     'dino': dict(name='dino', encoder=ENCODER, head=PROTOTYPES),
     'ibot': dict(name='ibot', encoder=ENCODER, head=PROTOTYPES),
 }

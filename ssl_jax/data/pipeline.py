@@ -325,6 +325,7 @@ class Planned:
     dtype: str = 'uint8'
     phases: tuple[str, ...] = ()
     label_map: bool = False
+    multilabel: bool = False
 
 
 class PlannedData(Data):
@@ -342,7 +343,8 @@ class PlannedData(Data):
         planned = bind(Planned, self.planned, where='data.planned')()
         fields = {'image': Field('image', planned.dtype, (*planned.image_size, len(planned.channels)), 'raw')}
         if planned.classes:
-            fields['label'] = Field('label', 'int32', (), 'raw')
+            several = planned.multilabel
+            fields['label'] = Field('label', *(('float32', (planned.classes,)) if several else ('int32', ())), 'raw')
         if planned.label_map:
             fields['label_map'] = Field('label_map', 'uint8', planned.image_size, 'raw')
         for name in planned.phases:

@@ -10,6 +10,7 @@ import numpy as np
 from ssl_jax.config import Duration
 from ssl_jax.data.pipeline import Data
 from ssl_jax.errors import UserError
+from ssl_jax.evals import scores
 from ssl_jax.sharding import Layout
 from ssl_jax.step import Objective, TrainState, View
 
@@ -42,11 +43,30 @@ class Evaluator(abc.ABC):
         values = dict(self.measure(objective, view, state))
         if self.baseline and not self._random:
             found = self.measure(objective, view, random_weights(objective, state))
-            self._random.update({f'random/{k}': v for k, v in found.items() if np.ndim(v) == 0})
+            self._random.update({f'random/{k}': v for k, v in found.items()
+                                 if np.ndim(v) == 0 and not k.startswith('chance/')})
         return values | self._random
 
-    def check_labels(self, *splits: str) -> None:
-        """Raises UserError unless the splits exist, are different ones, and hold one class per example."""
+    @property
+    def scored(self) -> str | None:
+        """The split whose examples the results are of; None where that has no meaning."""
+        return getattr(self, 'split', None) or getattr(self, 'test', None)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether examples have a yes or no for every class, rather than one class."""
+        return bool(self.data.manifest.fields['label'].shape)
+
+    def scored_class(self, positive: str | int | None) -> int | None:
+        """Its index, or None for the average over all; see `scores.positive_class`."""
+        return scores.positive_class(positive, self.data.classes, where=f'evals.{self.tag}', multilabel=self.multilabel)
+
+    def check_labels(self, *splits: str, multilabel: bool = False) -> None:
+        """Raises UserError unless the splits exist, are different ones, and are labelled.
+
+        Args:
+          multilabel: whether several labels per example will do.
+        """
         where = f'config.evals.{self.tag}'
         for split in splits:
             self.data.manifest.split(split)
@@ -55,8 +75,11 @@ class Evaluator(abc.ABC):
         label = self.data.manifest.fields.get('label')
         if not self.data.classes or label is None:
             raise UserError(f'{where}: data set {self.data.root!r} is unlabelled, expected one with classes')
-        if label.shape:
+        if label.shape and not multilabel:
             raise UserError(f'{where}: data set {self.data.root!r} has several labels per example, expected one class')
+        if label.shape and label.shape != (len(self.data.classes),):
+            raise UserError(f'{where}: data set {self.data.root!r} has labels of shape {label.shape}, expected '
+                            f'{len(self.data.classes)}, one per class')
 
 
 def random_weights(objective: Objective, state: TrainState) -> TrainState:

@@ -19,7 +19,7 @@ Readout = Literal['cls', 'mean', 'cls+mean']
 class Features(NamedTuple):
     """The labelled examples of a split, in its order."""
     values: dict[str, np.ndarray]   # readout -> (N, D) float32
-    label: np.ndarray               # (N,) int32
+    label: np.ndarray               # (N,) int32, or multi-label (N, K) int32 of 0 and 1
     index: np.ndarray               # (N,) int32, place in the split
 
 
@@ -36,12 +36,14 @@ def extract(evaluator: Evaluator, objective: Objective, view: View, state: Train
     parts = tuple(sorted({part for readout in readouts for part in readout.split('+')}))
     rows = list(predictions(evaluator, objective, view, state, split, parts, limit=limit))
     rows = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
-    known = rows['label'] >= 0
+    label = rows['label']
+    known = (label >= 0).reshape(len(label), -1).all(1)
     if not known.any():
         raise UserError(f'config.evals.{evaluator.tag}: no example of split {split!r} has a class')
     rows = {k: v[known] for k, v in rows.items()}
     values = {r: np.concatenate([rows[part] for part in r.split('+')], axis=1) for r in readouts}
-    return Features(values, rows['label'], rows['index'])
+    label = rows['label'] if label.ndim == 1 else (rows['label'] > 0.5).astype(np.int32)
+    return Features(values, label, rows['index'])
 
 
 def predictions(evaluator: Evaluator, objective: Objective, view: View, state: TrainState, split: str,

@@ -20,10 +20,11 @@ SIMILARITIES = 2 ** 26   # held at once per device: 256 MiB
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KNN(Evaluator):
-    """Each neighbour votes for its class with weight exp(cosine similarity / temperature).
+    """Each neighbour votes for its class, or its labels, with weight exp(cosine similarity / temperature).
 
     Results per k: 'k<k>/top1', 'k<k>/top5' for more than 5 classes, and 'k<k>/f1' and 'k<k>/auroc' of the positive
-    class, from its share of the votes, where there is one.
+    class, from its share of the votes, where there is one. Of multi-label data 'k<k>/accuracy', 'k<k>/f1',
+    'k<k>/auroc' and 'k<k>/auprc' of `positive`, or their means over the labels; see `scores.classification`.
 
     Args:
       k: numbers of neighbours; those beyond the size of the train split are replaced by that.
@@ -43,8 +44,8 @@ class KNN(Evaluator):
 
     def __post_init__(self):
         where = f'config.evals.{self.tag}'
-        self.check_labels(self.train, self.test)
-        scores.positive_class(self.positive, self.data.classes, where=f'evals.{self.tag}')
+        self.check_labels(self.train, self.test, multilabel=True)
+        self.scored_class(self.positive)
         if not self.k or min(self.k) < 1:
             raise UserError(f'{where}.k={self.k}: expected numbers of neighbours, at least 1')
         if self.temperature <= 0:
@@ -52,8 +53,7 @@ class KNN(Evaluator):
 
     def measure(self, objective: Objective, view: View, state: TrainState) -> Values:
         """See the class."""
-        classes = self.data.classes
-        positive = scores.positive_class(self.positive, classes, where=f'evals.{self.tag}')
+        classes, positive = self.data.classes, self.scored_class(self.positive)
         get = functools.partial(extract, self, objective, view, state, readouts=(self.readout,), limit=self.limit)
         bank, queries = get(self.train), get(self.test)
         labels, count = queries.label, len(bank.label)
@@ -65,6 +65,10 @@ class KNN(Evaluator):
                       temperature=self.temperature, layout=self.layout)
         values = {}
         for k, tally in found.items():
+            if self.multilabel:
+                result = scores.classification(labels, tally, positive=positive)
+                values |= {f'k{k}/{n}': result[n] for n in ('accuracy', 'f1', 'auroc', 'auprc') if n in result}
+                continue
             values[f'k{k}/top1'] = top_accuracy(tally, labels, 1)
             if len(classes) > 5:
                 values[f'k{k}/top5'] = top_accuracy(tally, labels, 5)
@@ -80,11 +84,12 @@ def votes(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, ks: list
     """The sum of the k neighbours' votes for every class.
 
     Args:
-      bank, labels: (N, D) features and (N,) classes of the possible neighbours. They are split over the devices.
+      bank, labels: (N, D) features and (N,) classes, or (N, classes) of 0 and 1, of the possible neighbours. The
+        features are split over the devices.
       queries: (Q, D) features.
       ks: each at most N.
     Returns:
-      k -> (Q, classes) float64.
+      k -> (Q, classes) float64. Of multi-label data, the votes for each label as a share of all.
     """
     bank, queries = _normalised(bank), _normalised(queries)
     rows = -(-len(bank) // layout.batch_parts) * layout.batch_parts
@@ -92,20 +97,25 @@ def votes(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, ks: list
     block, blocks = layout.block()
     mine = slice(block * rows // blocks, (block + 1) * rows // blocks)
     on_device = layout.put({'bank': np.pad(bank, ((0, padding), (0, 0)))[mine],
-                            'labels': np.pad(labels.astype(np.int32), (0, padding), constant_values=-1)[mine]})
+                            'row': np.pad(np.arange(len(bank), dtype=np.int32), (0, padding),
+                                          constant_values=-1)[mine]})
     chunk = max(1, min(len(queries), SIMILARITIES * layout.batch_parts // rows))
     tallies = {k: [] for k in ks}
     for start in range(0, len(queries), chunk):
         part = queries[start:start + chunk]
         part = np.pad(part, ((0, chunk - len(part)), (0, 0)))   # one shape, one compilation
-        near = _neighbours(on_device['bank'], on_device['labels'], layout.put_replicated(part), k=max(ks),
+        near = _neighbours(on_device['bank'], on_device['row'], layout.put_replicated(part), k=max(ks),
                            mesh=layout.mesh)
-        similarity, voted = (x[:len(queries) - start] for x in jax.device_get(near))
-        weight = np.exp(similarity.astype(np.float64) / temperature)
-        cell = np.arange(len(voted))[:, None] * classes + voted
+        similarity, row = (x[:len(queries) - start] for x in jax.device_get(near))
+        weight, voted = np.exp(similarity.astype(np.float64) / temperature), labels[row]
         for k in ks:
-            tally = np.bincount(cell[:, :k].ravel(), weight[:, :k].ravel(), len(voted) * classes)
-            tallies[k].append(tally.reshape(-1, classes))
+            if labels.ndim == 2:
+                share = weight[:, :k] / weight[:, :k].sum(1, keepdims=True)
+                tallies[k].append(np.einsum('qk,qkc->qc', share, voted[:, :k]))
+            else:
+                cell = np.arange(len(voted))[:, None] * classes + voted[:, :k]
+                tally = np.bincount(cell.ravel(), weight[:, :k].ravel(), len(voted) * classes)
+                tallies[k].append(tally.reshape(-1, classes))
     return {k: np.concatenate(parts) for k, parts in tallies.items()}
 
 
@@ -116,21 +126,24 @@ def top_accuracy(tally: np.ndarray, labels: np.ndarray, n: int) -> float:
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'mesh'))
-def _neighbours(bank: jax.Array, labels: jax.Array, queries: jax.Array, *, k: int,
+def _neighbours(bank: jax.Array, row: jax.Array, queries: jax.Array, *, k: int,
                 mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Cosine similarities and classes of the k nearest rows of the bank, nearest first: (Q, k) each."""
-    def local(bank, labels, queries):
+    """Cosine similarities and numbers of the k nearest rows of the bank, nearest first: (Q, k) each.
+
+    A negative number marks padding.
+    """
+    def local(bank, row, queries):
         similarity = jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
-        similarity = jnp.where(labels >= 0, similarity, -jnp.inf)
-        similarity, place = jax.lax.top_k(similarity, min(k, len(labels)))
-        return similarity, labels[place]
+        similarity = jnp.where(row >= 0, similarity, -jnp.inf)
+        similarity, place = jax.lax.top_k(similarity, min(k, len(row)))
+        return similarity, row[place]
 
     split = PartitionSpec(('data', 'fsdp'))
     # Each device ranks its own rows, so that only k candidates per device and query travel.
-    similarity, label = jax.shard_map(local, mesh=mesh, in_specs=(split, split, PartitionSpec()),
-                                      out_specs=PartitionSpec(None, ('data', 'fsdp')))(bank, labels, queries)
+    similarity, near = jax.shard_map(local, mesh=mesh, in_specs=(split, split, PartitionSpec()),
+                                      out_specs=PartitionSpec(None, ('data', 'fsdp')))(bank, row, queries)
     similarity, place = jax.lax.top_k(similarity, k)
-    near = similarity, jnp.take_along_axis(label, place, axis=1)
+    near = similarity, jnp.take_along_axis(near, place, axis=1)
     return jax.lax.with_sharding_constraint(near, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -1,9 +1,12 @@
 """Heads that turn an encoder's features into predictions, projections and what a loss compares."""
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from ssl_jax.models import layers
 
 
 def torch_linear(rows: int, columns: int, *, bias: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.Linear:
@@ -65,15 +68,51 @@ class LinearHead(nnx.Module):
     Args:
       batch_norm: normalise the features first, as MAE's linear probe does (arXiv:2111.06377, appendix A.1).
       std: deviation of the initial kernel; the bias starts at 0.
+      pool: features are tokens (B, N, D), which an `AttentivePool` makes one vector of.
+      layer_norm: `fc_norm` of the features, as in MAE's fine-tuning.
     """
 
-    def __init__(self, width: int, classes: int, *, batch_norm: bool, std: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, classes: int, *, batch_norm: bool, std: float, pool: bool = False,
+                 layer_norm: bool = False, rngs: nnx.Rngs):
+        self.pool = AttentivePool(width, rngs=rngs) if pool else None
+        self.fc_norm = layers.layer_norm(width, jnp.float32, rngs=rngs) if layer_norm else None
         self.norm = BatchNorm(width, affine=False, epsilon=1e-6) if batch_norm else None
         self.linear = nnx.Linear(width, classes, kernel_init=nnx.initializers.normal(std), rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = x.astype(jnp.float32)
+        x = self.features(x)
         return self.linear(x if self.norm is None else self.norm(x, train=train))
+
+    def features(self, x: jax.Array) -> jax.Array:
+        """What is normalised over the batch and classified, (B, D) float32."""
+        x = x.astype(jnp.float32)
+        x = x if self.pool is None else self.pool(x)
+        return x if self.fc_norm is None else self.fc_norm(x)
+
+
+class AttentivePool(nnx.Module):
+    """Tokens (B, N, D) -> (B, D): a learned query looks at them in one cross-attention block.
+
+    The pooling of the attentive probe of Bardes et al. 2024 (V-JEPA, arXiv:2404.08471). Heads are some 64 wide.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.heads = next(n for n in range(max(width // 64, 1), 0, -1) if width % n == 0)
+        make = functools.partial(layers.linear, kernel=layers.normal, init=layers.INITS['trunc_normal'],
+                                 dtype=jnp.float32, rngs=rngs)
+        self.query = nnx.Param(layers.normal(rngs.params(), (1, 1, width)))
+        self.norm1 = layers.layer_norm(width, jnp.float32, rngs=rngs)
+        self.q, self.kv, self.proj = make(width, width), make(width, 2 * width), make(width, width)
+        self.norm2 = layers.layer_norm(width, jnp.float32, rngs=rngs)
+        self.mlp = layers.MLP(width, 4 * width, init=layers.INITS['trunc_normal'], dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        split = lambda x: x.reshape(*x.shape[:2], self.heads, -1)
+        x = jnp.broadcast_to(self.query[...], (len(tokens), 1, tokens.shape[-1]))
+        k, v = jnp.split(self.kv(self.norm1(tokens)), 2, axis=-1)
+        seen = layers.attention(split(self.q(x)), split(k), split(v))
+        x = x + self.proj(seen.reshape(x.shape))
+        return (x + self.mlp(self.norm2(x)))[:, 0]
 
 
 class MLPHead(nnx.Module):

@@ -148,20 +148,26 @@ class Attention(nnx.Module):
       qkv_bias: 'qv' for one of queries and values alone: softmax does not see that of the keys.
       head_width: of one head; None: width / heads.
       dropout: of the attention weights.
+      offsets: rows of a table of its own, a bias by relative position; None for none.
     """
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool | Literal['qv'], head_width: int | None = None,
-                 dropout: float = 0.0, init: Init = INITS['mae'], dtype: Any, rngs: nnx.Rngs):
+                 dropout: float = 0.0, offsets: int | None = None, init: Init = INITS['mae'], dtype: Any,
+                 rngs: nnx.Rngs):
         inner = width if head_width is None else heads * head_width
         self.qkv = linear(width, 3 * inner, init.qkv, init, bias=qkv_bias is True, dtype=dtype, rngs=rngs)
         self.proj = linear(inner, width, init.kernel, init, dtype=dtype, rngs=rngs)
         if qkv_bias == 'qv':
             self.q_bias, self.v_bias = nnx.Param(jnp.zeros(inner)), nnx.Param(jnp.zeros(inner))
+        self.rel_pos_table = None if offsets is None else nnx.Param(jnp.zeros((offsets, heads)))
         self.heads, self.split_bias, self.dropout = heads, qkv_bias == 'qv', dropout
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
-        """x: (B, T, D). bias: see `attention`. keys: (B,), without which nothing is dropped."""
+        """x: (B, T, D). bias: see `attention`; with a table of its own, the row (T, T) of it that holds each bias.
+        keys: (B,), without which nothing is dropped."""
         b, n, _ = x.shape
+        if self.rel_pos_table is not None:
+            bias = jnp.moveaxis(self.rel_pos_table[...][bias], -1, 0)
         qkv = self.qkv(x)
         if self.split_bias:
             q, v = self.q_bias[...], self.v_bias[...]
@@ -199,11 +205,12 @@ class Block(nnx.Module):
     """Pre-norm transformer block (Dosovitskiy et al. 2021, arXiv:2010.11929, equations 2-3)."""
 
     def __init__(self, width: int, heads: int, hidden: int, *, qkv_bias: bool | Literal['qv'] = True,
-                 head_width: int | None = None, attn_dropout: float = 0.0, layer_scale: float | None = None,
-                 norm_eps: float = 1e-6, init: Init = INITS['mae'], dtype: Any, rngs: nnx.Rngs):
+                 head_width: int | None = None, attn_dropout: float = 0.0, offsets: int | None = None,
+                 layer_scale: float | None = None, norm_eps: float = 1e-6, init: Init = INITS['mae'], dtype: Any,
+                 rngs: nnx.Rngs):
         self.norm1 = layer_norm(width, dtype, epsilon=norm_eps, rngs=rngs)
-        self.attn = Attention(width, heads, qkv_bias=qkv_bias, head_width=head_width, dropout=attn_dropout, init=init,
-                              dtype=dtype, rngs=rngs)
+        self.attn = Attention(width, heads, qkv_bias=qkv_bias, head_width=head_width, dropout=attn_dropout,
+                              offsets=offsets, init=init, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, dtype, epsilon=norm_eps, rngs=rngs)
         self.mlp = MLP(width, hidden, init=init, dtype=dtype, rngs=rngs)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
@@ -235,16 +242,18 @@ def stack_blocks(depth: int, width: int, heads: int, hidden: int, *, init: Init 
 
 
 def run_blocks(blocks: Block, x: jax.Array, *, gains: jax.Array | None = None, keys: jax.Array | None = None,
-               bias: jax.Array | None = None, remat: bool, unroll: int | bool, every: bool = False) -> jax.Array:
+               bias: jax.Array | None = None, remat: bool, unroll: int | bool, every: bool = False,
+               collect: tuple[int, ...] = ()) -> jax.Array | tuple[jax.Array, tuple[jax.Array, ...]]:
     """Runs stacked blocks over the tokens x (B, T, D).
 
     Args:
       gains: (depth, 2, B) from `drop_path_gains`.
       keys: (depth, B) for dropout in the attention.
-      bias: (heads, T, T), the same for every layer; see `attention`.
+      bias: the same for every layer; see `Attention`.
       remat: recompute each block in the backward pass instead of storing its activations.
       unroll: layers per loop iteration; True for no loop.
       every: return the stream after every block, (depth, B, T, D).
+      collect: blocks, counted from 0: return (last stream, the streams after these blocks). Only these are kept.
     """
     def layer(x, block_and_noise):
         block, gains, keys = block_and_noise
@@ -254,8 +263,27 @@ def run_blocks(blocks: Block, x: jax.Array, *, gains: jax.Array | None = None, k
     if remat:
         # Inside a loop XLA cannot merge the recomputation with the forward pass; without a loop it would.
         layer = jax.checkpoint(layer, prevent_cse=unroll is True)
+    if collect:
+        return _collected(layer, x, (blocks, gains, keys), collect, unroll)
     last, streams = jax.lax.scan(layer, x, (blocks, gains, keys), unroll=unroll)
     return streams if every else last
+
+
+def _collected(layer: Callable, x: jax.Array, stacks: Any, collect: tuple[int, ...],
+               unroll: int | bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    depth, kept = len(jax.tree.leaves(stacks)[0]), sorted(set(collect))
+    # One loop, so one compiled block: streams that nobody asked for go to a last place that is thrown away.
+    places = jnp.asarray([kept.index(i) if i in kept else len(kept) for i in range(depth)])
+
+    def step(carry, stack_and_place):
+        x, streams = carry
+        stack, place = stack_and_place
+        x, _ = layer(x, stack)
+        return (x, jax.lax.dynamic_update_index_in_dim(streams, x, place, 0)), None
+
+    streams = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
+    (last, streams), _ = jax.lax.scan(step, (x, streams), (stacks, places), unroll=unroll)
+    return last, tuple(streams[kept.index(i)] for i in collect)
 
 
 def drop_path_gains(keys: jax.Array, rate: float, depth: int) -> jax.Array:

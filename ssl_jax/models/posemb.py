@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssl_jax.errors import UserError
+
 Rule = Literal['torch', 'antialias', 'dino']
 
 
@@ -64,6 +66,64 @@ def resize(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], r
     rows, columns = (jnp.asarray(cubic_matrix(g, n, rule), x.dtype) for g, n in zip(grid, new_grid))
     x = jnp.einsum('ih,jw,hwd->ijd', rows, columns, x, precision='highest')
     return x.reshape(-1, x.shape[-1])
+
+
+def refit(table: jax.Array, shape: tuple[int, ...], *, class_token: bool) -> jax.Array:
+    """Learned positions (1, T, D) as those of another square grid, by the rule of MAE's fine-tuning ('torch').
+
+    Args:
+      shape: (1, new T, D).
+      class_token: whether the first row is that of the class token, which is kept.
+    Raises:
+      UserError: either grid is not square.
+    """
+    sides = [_side(n - class_token, f'{n} learned positions') for n in (table.shape[1], shape[1])]
+    grids = [(side, side) for side in sides]
+    return jnp.concatenate([table[:, :class_token], resize(table[0, int(class_token):], *grids, 'torch')[None]], axis=1)
+
+
+def refit_relative(table: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A table of relative positions (rows, heads) for another square grid and, where `shape` has three axes, copied to
+    every block, as SimMIM's fine-tuning does (arXiv:2111.09886 and its code; see `geometric_matrix`).
+
+    Args:
+      table: (rows, heads), or (depth, rows, heads); the last three rows, the class token's, are kept.
+      shape: (new rows, heads) or (depth, new rows, heads).
+    Raises:
+      UserError: either grid is not square.
+    """
+    source, target = (_side(n - 3, f'{n} relative positions') for n in (table.shape[-2], shape[-2]))
+    if source != target:
+        offsets = table[..., :-3, :].reshape(*table.shape[:-2], source, source, -1)
+        matrix = jnp.asarray(geometric_matrix(source, target), table.dtype)
+        x = jnp.einsum('ai,bj,...ijh->...abh', matrix, matrix, offsets, precision='highest')
+        table = jnp.concatenate([x.reshape(*table.shape[:-2], target ** 2, -1), table[..., -3:, :]], axis=-2)
+    return jnp.broadcast_to(table, shape)
+
+
+def geometric_matrix(source: int, target: int) -> np.ndarray:
+    """(target, source) weights that interpolate a row of `source` relative offsets, an odd number, at `target` ones.
+
+    The source's offsets are laid out on the target's scale with steps that grow by a constant factor from the middle,
+    where the first is 1, so that small offsets keep their values and large ones are stretched; a cubic spline goes
+    through them. The factor is at least 1.01 and at most 1.5.
+    """
+    from scipy.interpolate import make_interp_spline
+    reach, low, high = target // 2, 1.01, 1.5
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if (middle ** (source // 2) - 1) / (middle - 1) > reach else (middle, high)
+    steps = np.cumsum(((low + high) / 2) ** np.arange(source // 2))
+    places = np.concatenate([-steps[::-1], [0], steps])
+    wanted = np.clip(np.arange(-reach, reach + 1), places[0], places[-1])
+    return make_interp_spline(places, np.eye(source), k=min(3, source - 1))(wanted)
+
+
+def _side(count: int, what: str) -> int:
+    side = math.isqrt(max(count, 0))
+    if side ** 2 != count:
+        raise UserError(f'{what} are not those of a square grid: expected one to make another size of')
+    return side
 
 
 def cubic_matrix(source: int, target: int, rule: Rule) -> np.ndarray:

@@ -57,6 +57,11 @@ class ResNet(nnx.Module):
         reduction = 32 if stem == 'imagenet' else 8
         self.grid = tuple(-(-n // reduction) for n in image_size)
 
+    @property
+    def layer_count(self) -> int:
+        """How many `layers` the features can be asked for."""
+        return len(STAGES)
+
     @jax.named_scope('encoder')
     def maps(self, image: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """The feature maps (B, h, w, D), in the compute dtype, of 'stem', 'layer1', ..., 'layer4'.
@@ -74,16 +79,26 @@ class ResNet(nnx.Module):
             x = out[name] = getattr(self, name)(x, train=train)
         return out
 
-    def features(self, image: jax.Array, *, key: jax.Array | None = None, train: bool = False) -> dict[str, jax.Array]:
+    def features(self, image: jax.Array, *, layers: tuple[int, ...] = (), key: jax.Array | None = None,
+                 train: bool = False) -> dict[str, Any]:
         """{'cls': mean (B, D), 'patches': positions row by row (B, N, D)} of the last feature map, float32.
 
-        `key` is there for encoders that draw random numbers; this one does not.
+        Args:
+          layers: stages, counted from 0; with any, 'layers' are the feature maps (B, h, w, C) of each of them, in the
+            compute dtype.
+          key: there for encoders that draw random numbers; this one does not.
+        Raises:
+          UserError: there are not so many stages.
         """
-        x = self.maps(image, train=train)['layer4'].astype(jnp.float32)
+        if any(not 0 <= layer < len(STAGES) for layer in layers):
+            raise UserError(f'resnet layers={tuple(layers)}: expected numbers from 0 to {len(STAGES) - 1}')
+        maps = self.maps(image, train=train)
+        x = maps['layer4'].astype(jnp.float32)
         x = x.reshape(len(x), -1, self.width)
-        return {'cls': x.mean(1), 'patches': x}
+        out = {'cls': x.mean(1), 'patches': x}
+        return out | ({'layers': tuple(maps[STAGES[layer]] for layer in layers)} if layers else {})
 
-    def pooled(self, image: jax.Array, pool: Literal['cls', 'mean'], *, key: jax.Array | None = None,
+    def pooled(self, image: jax.Array, pool: Literal['cls', 'mean', 'all'], *, key: jax.Array | None = None,
                train: bool = False) -> jax.Array:
         """One vector per image (B, D) float32: the mean of the last feature map, whatever `pool`."""
         return self.features(image, key=key, train=train)['cls']

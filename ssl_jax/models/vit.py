@@ -1,5 +1,5 @@
 """Vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class ViT(nnx.Module):
       patch_norm: LayerNorm before and after the patch embedding.
       pos: 'sincos' is MAE's fixed table; 'sincos_rows' MoCo v3's, with the axes swapped; 'learned' a parameter;
         'relative' a bias of the attention by relative position, shared by all blocks (Liu et al. 2021, BEiT), and no
-        other positions.
+        other positions; 'relative_each' the same with a table in each block, as SimMIM's fine-tuning has it.
       init: initialisers as in the code of MAE, of DINO and timm, of SimMIM, of MoCo v3, or torch's defaults.
       patch: side of a patch in pixels.
       image_size: (H, W) of the position table. Images of another size get a resized table, and lose the rows and
@@ -56,7 +56,7 @@ class ViT(nnx.Module):
                  mlp_ratio: float | None = None, head_width: int | None = None,
                  qkv_bias: bool | Literal['qv'] | None = None, patch_norm: bool | None = None,
                  norm_eps: float | None = None,
-                 pos: Literal['sincos', 'sincos_rows', 'learned', 'relative'] | None = None,
+                 pos: Literal['sincos', 'sincos_rows', 'learned', 'relative', 'relative_each'] | None = None,
                  init: layers.InitName | None = None, patch: int = 16, image_size: tuple[int, int], channels: int,
                  dtype: Literal['float32', 'bfloat16'] = 'float32', pos_resize: posemb.Rule = 'torch',
                  class_token: bool = True, registers: int = 0, layer_scale: float | None = None,
@@ -78,8 +78,8 @@ class ViT(nnx.Module):
             raise UserError(f"vit width={width}: expected a multiple of heads={heads}, and of 4 where pos='sincos'")
         if not 0 <= drop_path < 1 or not 0 <= attn_dropout < 1:
             raise UserError(f'vit drop_path={drop_path}, attn_dropout={attn_dropout}: expected 0 <= rate < 1')
-        if pos == 'relative' and registers:
-            raise UserError(f"vit registers={registers}: expected 0 with pos='relative', which knows none")
+        if pos.startswith('relative') and registers:
+            raise UserError(f'vit registers={registers}: expected 0 with pos={pos!r}, which knows none')
         self.patch, self.channels, self.width, self.depth = patch, channels, width, depth
         self.class_token, self.prefix = class_token, class_token + registers
         self.grid = self.grid_of(image_size)
@@ -95,16 +95,22 @@ class ViT(nnx.Module):
             self.cls_token = nnx.Param(initial.token(rngs.params(), (1, 1, width)))
         if pos == 'learned':
             self.pos_embed = nnx.Param(initial.position(rngs.params(), (1, class_token + tokens, width)))
-        elif pos == 'relative':
-            offsets = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3
+        offsets = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3
+        if pos == 'relative':
             self.rel_pos_table = nnx.Param(jnp.zeros((offsets, heads)))
         if registers:
             self.registers = nnx.Param(initial.token(rngs.params(), (1, registers, width)))
         self.blocks = layers.stack_blocks(depth, width, heads, round(shape['mlp_ratio'] * width),
                                           qkv_bias=shape['qkv_bias'], head_width=shape['head_width'],
                                           attn_dropout=attn_dropout, layer_scale=layer_scale, norm_eps=epsilon,
-                                          init=initial, dtype=dtype, rngs=rngs)
+                                          offsets=offsets if pos == 'relative_each' else None, init=initial,
+                                          dtype=dtype, rngs=rngs)
         self.norm = layers.layer_norm(width, 'float32', epsilon=epsilon, rngs=rngs)
+
+    @property
+    def layer_count(self) -> int:
+        """How many `layers` the features can be asked for."""
+        return self.depth
 
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of patches in an image of (H, W), which the patch must divide."""
@@ -115,7 +121,7 @@ class ViT(nnx.Module):
 
     def positions(self, grid: tuple[int, int]) -> tuple[jax.Array | float, jax.Array | float]:
         """What is added to the class token (1, 1, D) or 0, to the patches (1, N, D) or 0, for this grid; float32."""
-        if self.pos == 'relative':
+        if self.pos.startswith('relative'):
             return 0.0, 0.0
         if self.pos == 'learned':
             table = self.pos_embed[0]
@@ -127,12 +133,15 @@ class ViT(nnx.Module):
         return cls, posemb.resize(table, self.grid, grid, self.pos_resize)[None]
 
     def attention_bias(self) -> jax.Array | None:
-        """What pos='relative' adds to the attention's products, (heads, T, T) float32; None for other positions."""
-        if self.pos != 'relative':
+        """What pos='relative' adds to the attention's products, (heads, T, T) float32; None for absolute positions.
+
+        With 'relative_each' the rows (T, T) of the blocks' tables, see `layers.Attention`.
+        """
+        if not self.pos.startswith('relative'):
             return None
         index = posemb.relative_index(self.grid)
         index = index if self.class_token else index[1:, 1:]
-        return jnp.moveaxis(self.rel_pos_table[...][index], -1, 0)
+        return jnp.moveaxis(self.rel_pos_table[...][index], -1, 0) if self.pos == 'relative' else index
 
     @jax.named_scope('encoder')
     def embed(self, image: jax.Array, keep: jax.Array | None = None, mask: jax.Array | None = None,
@@ -141,7 +150,7 @@ class ViT(nnx.Module):
         if image.shape[-1] != self.channels:
             raise UserError(f'vit got images with {image.shape[-1]} channels: expected channels={self.channels}')
         h, w = grid = image.shape[1] // self.patch, image.shape[2] // self.patch
-        if 0 in grid or (self.pos == 'relative' and (grid != self.grid or keep is not None)):
+        if 0 in grid or (self.pos.startswith('relative') and (grid != self.grid or keep is not None)):
             raise UserError(f'vit patch={self.patch}, pos={self.pos!r} got images of {image.shape[1:3]}: expected '
                             + ('at least a patch' if 0 in grid else 'whole images of its own size'))
         x = layers.patchify(image[:, :h * self.patch, :w * self.patch].astype(self.dtype), self.patch)
@@ -163,8 +172,9 @@ class ViT(nnx.Module):
         return jnp.concatenate([jnp.broadcast_to(prefix, (len(x), *prefix.shape[1:])), x], axis=1)
 
     @jax.named_scope('encoder')
-    def run(self, x: jax.Array, *, key: jax.Array | None, train: bool, every: bool = False) -> jax.Array:
-        """The blocks over the tokens of `embed`."""
+    def run(self, x: jax.Array, *, key: jax.Array | None, train: bool, every: bool = False,
+            collect: tuple[int, ...] = ()) -> jax.Array | tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The blocks over the tokens of `embed`; see `layers.run_blocks` for what it returns."""
         gains = keys = None
         if train and (self.drop_path or self.attn_dropout):
             if key is None or key.shape != x.shape[:1]:
@@ -175,7 +185,7 @@ class ViT(nnx.Module):
                 fold = jax.vmap(jax.random.fold_in, (0, None))
                 keys = jax.vmap(lambda layer: fold(key, layer))(jnp.arange(1, self.depth + 1))
         return layers.run_blocks(self.blocks, x, gains=gains, keys=keys, bias=self.attention_bias(), remat=self.remat,
-                                 unroll=self.unroll, every=every)
+                                 unroll=self.unroll, every=every, collect=collect)
 
     def encode(self, image: jax.Array, *, keep: jax.Array | None = None, mask: jax.Array | None = None,
                mask_token: jax.Array | None = None, key: jax.Array | None = None, train: bool = False) -> jax.Array:
@@ -200,24 +210,44 @@ class ViT(nnx.Module):
         """Tokens after the final norm, (B, prefix + K, width) float32; see `encode`."""
         return self.norm(self.encode(image, keep=keep, mask=mask, mask_token=mask_token, key=key, train=train))
 
-    def features(self, image: jax.Array, *, mask: jax.Array | None = None, mask_token: jax.Array | None = None,
-                 key: jax.Array | None = None, train: bool = False) -> dict[str, jax.Array]:
-        """{'cls': (B, D), 'patches': (B, N, D)} after the final norm, float32; see `encode`."""
-        x = self(image, mask=mask, mask_token=mask_token, key=key, train=train)
-        patches = x[:, self.prefix:]
-        return {'cls': x[:, 0] if self.class_token else patches.mean(1), 'patches': patches}
+    def features(self, image: jax.Array, *, layers: tuple[int, ...] = (), mask: jax.Array | None = None,
+                 mask_token: jax.Array | None = None, key: jax.Array | None = None,
+                 train: bool = False) -> dict[str, Any]:
+        """{'cls': (B, D), 'patches': (B, N, D)} after the final norm, float32; see `encode`.
 
-    def pooled(self, image: jax.Array, pool: Literal['cls', 'mean'], *, key: jax.Array | None = None,
-               train: bool = False) -> jax.Array:
-        """One vector per image (B, D) float32: the class token, or the mean patch token, through the final norm.
-
-        'mean' averages before the norm (MAE's fine-tuning, arXiv:2111.06377, appendix A.1), so the norm's
-        parameters then play the part of its `fc_norm`.
+        Args:
+          layers: blocks, counted from 0; with any, 'layers' are the patch tokens (B, N, D) of the residual stream after
+            each of them, without norm, in the compute dtype.
+        Raises:
+          UserError: there are not so many blocks.
         """
-        if pool == 'cls':
-            return self.features(image, key=key, train=train)['cls']
-        x = self.encode(image, key=key, train=train)
-        return self.norm(x[:, self.prefix:].mean(1, dtype=jnp.float32))
+        if any(not 0 <= layer < self.depth for layer in layers):
+            raise UserError(f'vit layers={tuple(layers)}: expected numbers from 0 to {self.depth - 1}')
+        x = self.embed(image, mask=mask, mask_token=mask_token)
+        x = self.run(x, key=key, train=train, collect=tuple(layers))
+        x, streams = x if layers else (x, ())
+        x = self.norm(x)
+        patches = x[:, self.prefix:]
+        out = {'cls': x[:, 0] if self.class_token else patches.mean(1), 'patches': patches}
+        return out | ({'layers': tuple(s[:, self.prefix:] for s in streams)} if layers else {})
+
+    def pooled(self, image: jax.Array, pool: Literal['cls', 'mean', 'all', 'last4'], *, key: jax.Array | None = None,
+               train: bool = False) -> jax.Array:
+        """One vector per image (B, D) float32.
+
+        'cls' is the class token and 'all' the mean of all tokens, both after the final norm; 'mean' the mean patch
+        token before it, for a norm that comes with the head (MAE's fine-tuning, arXiv:2111.06377, appendix A.1);
+        'last4' (B, 4 D) the first tokens after the last four blocks, each through the final norm, one after the other
+        (DINO's linear probe, arXiv:2104.14294, appendix F.2), of fewer blocks where there are not so many.
+        """
+        if pool == 'last4':
+            x = self.norm(self.run(self.embed(image), key=key, train=train, every=True)[-4:, :, 0])
+            return jnp.moveaxis(x, 0, 1).reshape(len(image), -1)
+        if pool == 'mean':
+            return self.encode(image, key=key, train=train)[:, self.prefix:].mean(1, dtype=jnp.float32)
+        if pool == 'all':
+            return self(image, key=key, train=train).mean(1)
+        return self.features(image, key=key, train=train)['cls']
 
 
 build = ViT

@@ -1,4 +1,7 @@
-"""Runs the evaluators of a run on its newest checkpoint: python -m ssl_jax.tools.evaluate --workdir=RUN [--tag=knn]"""
+"""Runs the evaluators of a run on its newest checkpoint: python -m ssl_jax.tools.evaluate --workdir=RUN [--tag=knn]
+
+--best takes the best state instead, where the run kept one (config.checkpoint.best).
+"""
 import argparse
 import json
 import pathlib
@@ -7,11 +10,12 @@ import sys
 from ssl_jax.errors import UserError, nearest
 
 
-def evaluate(workdir: str, tags: list[str] | None = None) -> dict[str, float]:
+def evaluate(workdir: str, tags: list[str] | None = None, *, best: bool = False) -> dict[str, float]:
     """Results '<tag>/<metric>' -> number; also in RUN/evaluation.json; pictures in RUN/images, arrays in RUN/arrays.
 
     Args:
       tags: of the evaluators to run; None for all.
+      best: on the best state, not on the newest.
     Raises:
       UserError: not a run folder, no checkpoint, no such tag.
     """
@@ -29,10 +33,11 @@ def evaluate(workdir: str, tags: list[str] | None = None) -> dict[str, float]:
         if tag not in run.evals:
             raise UserError(f'--tag={tag} is not an evaluator of this run{nearest(tag, run.evals)}')
     with jax.set_mesh(run.layout.mesh):
-        checkpoints = Checkpoints(workdir, keep=run.checkpoint.keep, position=run.position)
+        checkpoints = Checkpoints(workdir, keep=run.checkpoint.keep, position=run.position,
+                                  folder='best' if best else 'checkpoints')
         step = checkpoints.latest()
         if step is None:
-            raise UserError(f'--workdir={workdir}: no checkpoint yet')
+            raise UserError(f'--workdir={workdir}: no checkpoint yet' + ' that is the best' * best)
         state = checkpoints.restore(run.state)
         checkpoints.close()
         results = {}
@@ -49,10 +54,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--tag', action='append', help='only this evaluator; may be given more than once')
+    parser.add_argument('--best', action='store_true', help='the best state, not the newest')
     arguments = parser.parse_args()
     from ssl_jax.metrics import table
     try:
-        print(table(evaluate(arguments.workdir, arguments.tag)))
+        print(table(evaluate(arguments.workdir, arguments.tag, best=arguments.best)))
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
