@@ -79,13 +79,13 @@ def describe(input: Names, *, channels: Names = (), examples: Names = (), channe
     places = (latitude, longitude) if latitude not in columns else ('', '')
     wanted = [n for n in asked if n not in columns and n not in (latitude, longitude, 'file')]
     listing = Listing(plan, paths, names, dict.fromkeys(wanted), rows, time, places)
-    for i, name_ in enumerate(names):
+    for i, short in enumerate(names):
         try:
             listing.visit(i)
         except UserError as error:
             if on_error == 'stop':
                 raise
-            problems.add(name_, str(error).removeprefix(f'{paths[i]}: '))
+            problems.add(short, str(error).removeprefix(f'{paths[i]}: '))
     if not listing.files:
         raise UserError(f'none of the {len(paths)} files can be read: {problems.found[0][1]}')
     plan = choose_dtype(plan, listing.variables, dtype, not listing.cell_valid, say)

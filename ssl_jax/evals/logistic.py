@@ -22,7 +22,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.sharding import Layout
 
 MEMORY = 10            # pairs of L-BFGS
-ROUNDS = 12, 25        # passes of the first round and of the following ones
+ROUNDS = 18, 25        # passes of the first round and of the following ones
 TOLERANCE = 5e-7       # distance to the minimum in units of the minimum
 LOGITS = 2 ** 24       # held at once per device: 64 MiB, and the same for their gradient
 AXES = ('data', 'fsdp')  # of the mesh, over which examples are split
@@ -63,17 +63,20 @@ def fit(x: np.ndarray, y: np.ndarray, *, classes: int, weight_decay: tuple[float
     if not np.isfinite(start).all():
         raise UserError('logistic regression: the features are not finite')
     metric = np.stack([_metric(start, d) for d in weight_decay])
+    variance = np.full(len(decays), start[-1, -1])
     active, used = np.ones(len(decays), bool), 0
     while active.any() and used < steps:
         fixed = layout.put_replicated({'metric': metric, 'decay': decays, 'active': active,
                                        'steps': np.int32(min(ROUNDS[used > 0], steps - used))})
-        found, distance, passes = jax.device_get(_minimise(data, layout.put_replicated(found), fixed, mesh=layout.mesh))
-        # Only in coordinates from near the minimum the gradient tells how near.
-        active &= (distance > TOLERANCE) | (used == 0)
+        found, distance, now, passes = jax.device_get(
+            _minimise(data, layout.put_replicated(found), fixed, mesh=layout.mesh))
         used += int(passes)
+        # Where the predictions have become much surer, the gradient does not tell the distance.
+        active &= (distance > TOLERANCE) | (now < variance / 2)
         if used < steps:
             for i in np.flatnonzero(active):
-                metric[i] = _metric(curvature(found[i]), weight_decay[i])
+                new = curvature(found[i])
+                metric[i], variance[i] = _metric(new, weight_decay[i]), new[-1, -1]
     for decay, far in zip(weight_decay, distance, strict=True):
         if far > 10 * TOLERANCE:
             logging.warning('logistic regression with weight_decay=%g is not at its optimum after %d passes over the '
@@ -124,18 +127,25 @@ def _over_data(term: Callable, mesh: Mesh, data: Mapping, *arguments: jax.Array)
 @functools.partial(jax.jit, static_argnames=('mesh',))
 def _curvature(data: Mapping, w: jax.Array, *, mesh: Mesh) -> jax.Array:
     """The second derivative of the mean loss at w (classes, D + 1), as far as classes have it in common."""
-    def term(part, w):
-        z = product('kd,dn->kn', w, part['x'])
-        p = jax.nn.softmax(z, axis=0) if part['y'].ndim == 1 else jax.nn.sigmoid(z)
-        return product('dn,en->de', part['x'] * (p * (1 - p)).mean(0) * part['share'], part['x'])
-
+    term = lambda part, w: product('dn,en->de', part['x'] * _variance(part, w) * part['share'], part['x'])
     return _over_data(term, mesh, data, w)
+
+
+def _variance(part: Mapping, w: jax.Array) -> jax.Array:
+    """Of the prediction for each example (n,), the mean over the classes."""
+    z = product('kd,dn->kn', w, part['x'])
+    p = jax.nn.softmax(z, axis=0) if part['y'].ndim == 1 else jax.nn.sigmoid(z)
+    return (p * (1 - p)).mean(0)
 
 
 @functools.partial(jax.jit, static_argnames=('mesh',))
 def _minimise(data: Mapping, start: jax.Array, fixed: Mapping, *,
-              mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One round from `start` (weight decays, classes, D + 1): weights, distances, and the number of passes."""
+              mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One round from `start` (weight decays, classes, D + 1).
+
+    Returns:
+      weights, distances to the minimum, mean variances of the prediction, and the number of passes.
+    """
     metric, decay = fixed['metric'], fixed['decay']
 
     def term(part, w):
@@ -160,7 +170,9 @@ def _minimise(data: Mapping, start: jax.Array, fixed: Mapping, *,
         return loss + decay / 2 * jnp.square(penalised).sum((1, 2)), gradient
 
     u, distance, passes = lbfgs(value_and_gradient, jnp.zeros_like(start), fixed['active'], fixed['steps'])
-    return weights(u), distance, passes
+    w = weights(u)
+    variance = lambda part, w: jax.vmap(lambda w: (_variance(part, w) * part['share']).sum())(w)
+    return w, distance, _over_data(variance, mesh, data, w), passes
 
 
 def _distance(value: jax.Array, gradient: jax.Array) -> jax.Array:
