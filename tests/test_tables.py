@@ -19,7 +19,7 @@ from ssl_jax.optim import Optim
 from ssl_jax.tools.sweep import Estimate, Sweep, load, main
 
 ROOT = pathlib.Path(__file__).parent.parent
-SWEEPS = {'cifar10/label_sweep.py': 'counts=20+40,seeds=2', 'deeplense/table.py': 'counts=16+3863',
+SWEEPS = {'cifar10/label_sweep.py': 'counts=20+40,seeds=2', 'deeplense/table.py': 'counts=16+all',
           'galaxy10/table.py': '', 'galaxy10/table.py:grid': '', 'hephaestus/minicubes_table.py': '',
           'hephaestus/multilabel_table.py': '', 'pets/intermediate.py': 'pretrain=30,train=20',
           'pets/table.py': 'pretrain=20+30,train=12+24'}
@@ -157,7 +157,7 @@ def test_deeplense():
     assert len(published) == 32 and sum(published) == pytest.approx(2973.8786)
     # The weight decay that the publication has for these runs.
     decays = {job.name: job.config['optim']['weight_decay'] for job in made.jobs}
-    assert (decays['dino-B-300'], decays['ibot-S-600'], decays['supervised-S-3863']) == (1e-4, 1e-3, 1e-8)
+    assert (decays['dino-B-300'], decays['ibot-S-600'], decays['supervised-S-all']) == (1e-4, 1e-3, 1e-8)
 
 
 def test_pets():

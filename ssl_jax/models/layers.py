@@ -163,8 +163,7 @@ class Attention(nnx.Module):
         self.heads, self.split_bias, self.dropout = heads, qkv_bias == 'qv', dropout
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
-        """x: (B, T, D). bias: see `attention`; with a table of its own, the row (T, T) of it that holds each bias.
-        keys: (B,), without which nothing is dropped."""
+        """x: (B, T, D). bias: see `attention`, or rows (T, T) of its own table. keys: (B,), else nothing is dropped."""
         b, n, _ = x.shape
         if self.rel_pos_table is not None:
             bias = jnp.moveaxis(self.rel_pos_table[...][bias], -1, 0)
