@@ -134,9 +134,11 @@ def keys(config: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
             yield from keys(value, f'{prefix}{key}.')
 
 
-def options(argument: str, **defaults: bool | int | str) -> types.SimpleNamespace:
-    """What `get_sweep` is asked for: 'tiny,root=DIR,seeds=3' as attributes of the types of their defaults.
+def options(argument: str, **defaults: bool | int | str | tuple) -> types.SimpleNamespace:
+    """What `get_sweep` is asked for: 'tiny,root=DIR,seeds=3,counts=100+300' as attributes, of the types of the defaults.
 
+    Args:
+      defaults: tuples are of numbers, and of words that may stand between them.
     Raises:
       UserError: an unknown word, or no such value.
     """
@@ -145,11 +147,16 @@ def options(argument: str, **defaults: bool | int | str) -> types.SimpleNamespac
         name, equals, text = part.partition('=')
         if name not in defaults:
             raise UserError(f'argument {part!r} of the sweep is unknown{nearest(name, defaults)}')
-        kind = type(defaults[name])
-        if (kind is bool) == bool(equals) or (kind is int and not text.isdecimal()):
-            expected = name if kind is bool else f'{name}=<{"number" if kind is int else "text"}>'
-            raise UserError(f'argument {part!r} of the sweep: expected {expected}')
-        found[name] = True if kind is bool else kind(text)
+        kind, default = type(defaults[name]), defaults[name]
+        values = text.split('+') if kind is tuple else [text]
+        words = [word for word in default if isinstance(word, str)] if kind is tuple else []
+        numeric = kind in (int, tuple) and all(value.isdecimal() or value in words for value in values)
+        if (kind is bool) == bool(equals) or (kind in (int, tuple) and not numeric):
+            meant = {int: '<number>', str: '<text>', tuple: '+'.join(map(str, default)) if kind is tuple else ''}
+            raise UserError(f'argument {part!r} of the sweep: expected '
+                            + (name if kind is bool else f'{name}={meant[kind]}'))
+        found[name] = {bool: lambda: True, int: lambda: int(text), str: lambda: text, tuple: lambda: tuple(
+            int(value) if value.isdecimal() else value for value in values)}[kind]()
     return types.SimpleNamespace(**found)
 
 
