@@ -177,12 +177,14 @@ def test_grid_options_and_settings(tmp_path):
     with pytest.raises(UserError, match=r"optim.lrr is not a key of the config \(did you mean 'optim.lr'"):
         grid(dict(optim=dict(lr=1.0)), {'optim.lrr': [1]})
 
-    asked = options('tiny,seeds=3', tiny=False, seeds=1, root='data')
+    asked = options('tiny,seeds=3,counts=7+all', tiny=False, seeds=1, root='data', counts=(30, 'all'), sizes=(1,))
     assert (asked.tiny, asked.seeds, asked.root) == (True, 3, 'data')
+    assert (asked.counts, asked.sizes) == ((7, 'all'), (1,))
     for text, message in (('tny', "did you mean 'tiny'"), ('seeds=x', 'expected seeds=<number>'),
-                          ('tiny=1', 'expected tiny'), ('root', 'expected root=<text>')):
+                          ('tiny=1', 'expected tiny'), ('root', 'expected root=<text>'),
+                          ('counts=1+x', r'expected counts=30\+all')):
         with pytest.raises(UserError, match=message):
-            options(text, tiny=False, seeds=1, root='data')
+            options(text, tiny=False, seeds=1, root='data', counts=(30, 'all'))
 
     file = tmp_path / 'sweep.py'
     file.write_text('from ssl_jax.tools.sweep import Job, Sweep\ndef get_sweep(arg):\n'

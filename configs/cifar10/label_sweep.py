@@ -19,7 +19,8 @@ HERE = pathlib.Path(__file__).parent
 
 
 def get_sweep(argument: str = '') -> Sweep:
-    asked = options(argument, tiny=False, root='data/cifar10', counts='100+300+1000+3000+10000', seeds=5)
+    asked = options(argument, tiny=False, root='data/cifar10', counts=(100, 300, 1000, 3000, 10000),
+                    seeds=5)
     pretrain, finetune, scratch = (load(HERE / name).get_config().to_dict()
                                    for name in ('mae_vitti.py', 'finetune.py', 'finetune.py'))
     scratch['optim']['layer_decay'] = None
@@ -30,4 +31,4 @@ def get_sweep(argument: str = '') -> Sweep:
         config['data']['root'] = asked.root
     if asked.tiny:
         experiments = [shrink(config) for config in experiments]
-    return label_efficiency(*experiments, counts=[int(n) for n in asked.counts.split('+')], seeds=asked.seeds)
+    return label_efficiency(*experiments, counts=asked.counts, seeds=asked.seeds)

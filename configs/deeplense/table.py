@@ -21,7 +21,8 @@ from ssl_jax.tools.sweep import Axes, Job, Sweep, Table, estimate, load, options
 
 HERE = pathlib.Path(__file__).parent
 METHODS = {'supervised': 'supervised', 'dino': 'DINO', 'simsiam': 'SimSiam', 'ibot': 'iBOT'}
-COUNTS = ('300', '600', '1200', 'all')   # all: 3863
+COUNTS = (300, 600, 1200, 'all')
+ALL = 3863
 # (accuracy in percent, AUC) for ViT-S and ViT-B with COUNTS labels, on 758 test images.
 PUBLISHED = {
     'supervised': {'S': ((89.7098, 0.9547), (92.2164, 0.9445), (93.1398, 0.9780), (94.9868, 0.9861)),
@@ -45,8 +46,7 @@ NOTE = ('accuracy: of the state with the smallest loss on val, with its 95 % boo
 
 
 def get_sweep(argument: str = '') -> Sweep:
-    asked = options(argument, tiny=False, root='data/deeplense', counts='+'.join(COUNTS))
-    counts = asked.counts.split('+')
+    asked = options(argument, tiny=False, root='data/deeplense', counts=COUNTS)
     resize = shrink if asked.tiny else dict
     jobs = []
     for size in 'SB':
@@ -58,29 +58,22 @@ def get_sweep(argument: str = '') -> Sweep:
             encoder = encoder or pretrain['objective']['encoder']
             jobs.append(Job(f'{method}-{size}', resize(pretrain)))
         for method in METHODS:
-            for count in counts:
+            for count in asked.counts:
                 config = finetune(encoder, asked.root, width={'S': 384, 'B': 768}[size], count=count,
                                   weight_decay=decay(method, size, count), probe=method == 'supervised')
                 config['init_from'] = None if method == 'supervised' else f'job:{method}-{size}'
                 jobs.append(Job(f'{method}-{size}-{count}', resize(config)))
-    return Sweep(jobs, lambda results: table(results, counts, asked.root))
+    return Sweep(jobs, lambda results: table(results, asked.counts, asked.root))
 
 
-def images(count: str, root: str) -> int:
-    """How many that is; of a data set that is not here yet as many as were published."""
-    if count != 'all':
-        return int(count)
-    data = Data(root)
-    return data.manifest.split('train').records if data.exists() else 3863
-
-
-def decay(method: str, size: str, count: str) -> float:
+def decay(method: str, size: str, count: int | str) -> float:
     """That of the next published number of labels."""
-    place = next((i for i, n in enumerate(COUNTS) if count == n or 'all' not in (count, n) and int(count) < int(n)), 3)
+    place = next((i for i, n in enumerate(COUNTS[:3]) if count != 'all' and count <= n), 3)
     return WEIGHT_DECAY[method][size][place]
 
 
-def finetune(encoder: dict, root: str, *, width: int, count: str, weight_decay: float, probe: bool) -> dict:
+def finetune(encoder: dict, root: str, *, width: int, count: int | str, weight_decay: float,
+             probe: bool) -> dict:
     """The encoder and a linear head trained on so many labels; with `probe`, a linear probe of random weights too."""
     score = dict(name='classification', positive='lens')
     evals = dict(val=score | dict(split='val', every='1ep', resamples=1),
@@ -92,8 +85,8 @@ def finetune(encoder: dict, root: str, *, width: int, count: str, weight_decay: 
         # The deviation of Xavier's normal distribution.
         objective=dict(name='classify', encoder=encoder, pooling='cls', head_std=(2 / (width + 2)) ** 0.5),
         view=dict(name='single', size=32),
-        data=dict(root=root, split='train', canvas=32, fit='crop', subset=None if count == 'all' else count,
-                  planned=dict(records=images(count, root), image_size=(32, 32), dtype='float32',
+        data=dict(root=root, split='train', canvas=32, fit='crop', subset=None if count == 'all' else str(count),
+                  planned=dict(records=ALL if count == 'all' else count, image_size=(32, 32), dtype='float32',
                                channels=('g', 'r', 'i'), classes=2)),
         optim=dict(name='adamw', lr=1e-4, end_lr=1e-8, betas=(0.9, 0.999), weight_decay=weight_decay, no_decay=(),
                    schedule='cosine', schedule_by='epoch'),
@@ -101,9 +94,11 @@ def finetune(encoder: dict, root: str, *, width: int, count: str, weight_decay: 
         mesh=dict(data=-1, fsdp=1, tensor=1), health=dict(on_collapse='warn'))
 
 
-def table(results: dict, counts: list[str], root: str) -> Table:
+def table(results: dict, counts: tuple, root: str) -> Table:
     """A row per method, backbone and number of labels, in the order of the publication; baselines behind."""
-    rows, chance = [], None
+    rows, chance, data = [], None, Data(root)
+    everything = data.manifest.split('train').records if data.exists() else ALL
+    images = lambda count: everything if count == 'all' else count
     number = lambda job, metric, scale=1.0: estimate(results, job, metric, scale=scale)
     for method, name in METHODS.items():
         for count in counts:
@@ -111,15 +106,15 @@ def table(results: dict, counts: list[str], root: str) -> Table:
                 job = f'{method}-{size}-{count}'
                 published = PUBLISHED[method][size][COUNTS.index(count)] if count in COUNTS else (None, None)
                 chance = chance or number(job, 'test/chance/accuracy', 100)
-                rows.append((name, f'ViT-{size}', images(count, root), number(job, 'test/accuracy', 100),
+                rows.append((name, f'ViT-{size}', images(count), number(job, 'test/accuracy', 100),
                              number(job, 'last/test/accuracy', 100), published[0], number(job, 'test/auroc'),
                              number(job, 'last/test/auroc'), published[1]))
     for count in counts:
         for size in 'SB':
             job = f'supervised-{size}-{count}'
-            rows.append(('random weights', f'ViT-{size}', images(count, root),
-                         number(job, 'probe/random/accuracy', 100), None, None, number(job, 'probe/random/auroc'), None,
-                         None))
+            rows.append(('random weights', f'ViT-{size}', images(count),
+                         number(job, 'probe/random/accuracy', 100), None,
+                         None, number(job, 'probe/random/auroc'), None, None))
     rows.append(('chance', '', None, chance, None, None, 0.5, None, None))
     columns = ('method', 'backbone', 'labelled images', 'accuracy %', 'last epoch: accuracy %', 'published accuracy %',
                'AUC', 'last epoch: AUC', 'published AUC')

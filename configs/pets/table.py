@@ -31,9 +31,9 @@ NOTE = ('mIoU: mean over the test images, a class that is not there counts as 0;
 
 
 def get_sweep(argument: str = '') -> Sweep:
-    asked = options(argument, tiny=False, root='data', pretrain='45000+100000+200000',
-                    train='250+500+1000+2000+4000+6000')
-    sizes, counts = ([int(n) for n in text.split('+')] for text in (asked.pretrain, asked.train))
+    asked = options(argument, tiny=False, root='data', pretrain=(45000, 100000, 200000),
+                    train=(250, 500, 1000, 2000, 4000, 6000))
+    sizes, counts = asked.pretrain, asked.train
     resize = shrink if asked.tiny else dict
     side = 32 if asked.tiny else SIDE
     jobs = [Job(f'simmim-{n}', resize(pretrain(asked.root, n, side))) for n in sizes]
@@ -45,7 +45,7 @@ def get_sweep(argument: str = '') -> Sweep:
     return Sweep(jobs, lambda results: table(results, sizes, counts))
 
 
-def encoders(sizes: list[int]) -> dict[str, str | None]:
+def encoders(sizes: tuple[int, ...]) -> dict[str, str | None]:
     """Where each encoder starts from."""
     return {'scratch': None, **{f'simmim-{n}': f'job:simmim-{n}' for n in sizes}, 'intel': 'job:intel', 'frozen': None}
 
@@ -91,7 +91,7 @@ def segment(root: str, images: int, *, frozen: bool = False) -> dict:
         checkpoint=dict(every='10ep', keep=1, best=f'val/{METRIC}'))
 
 
-def table(results: dict, sizes: list[int], counts: list[int]) -> Table:
+def table(results: dict, sizes: tuple[int, ...], counts: tuple[int, ...]) -> Table:
     rows = []
     percent = lambda job, metric: estimate(results, job, metric, scale=100)
     names = {'scratch': (0, 'none'), **{f'simmim-{n}': (n, 'none') for n in sizes}, 'intel': (sizes[-1], 'Intel'),

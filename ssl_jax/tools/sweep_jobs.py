@@ -135,10 +135,10 @@ def keys(config: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
 
 
 def options(argument: str, **defaults: bool | int | str | tuple) -> types.SimpleNamespace:
-    """What `get_sweep` is asked for: 'tiny,root=DIR,seeds=3,counts=100+300' as attributes, of the types of the defaults.
+    """What `get_sweep` is asked for: 'tiny,root=DIR,seeds=3,counts=100+300' as attributes.
 
     Args:
-      defaults: tuples are of numbers, and of words that may stand between them.
+      defaults: of the type that is wanted; tuples are of numbers, and of words that may stand for one.
     Raises:
       UserError: an unknown word, or no such value.
     """
@@ -147,17 +147,35 @@ def options(argument: str, **defaults: bool | int | str | tuple) -> types.Simple
         name, equals, text = part.partition('=')
         if name not in defaults:
             raise UserError(f'argument {part!r} of the sweep is unknown{nearest(name, defaults)}')
-        kind, default = type(defaults[name]), defaults[name]
-        values = text.split('+') if kind is tuple else [text]
-        words = [word for word in default if isinstance(word, str)] if kind is tuple else []
-        numeric = kind in (int, tuple) and all(value.isdecimal() or value in words for value in values)
-        if (kind is bool) == bool(equals) or (kind in (int, tuple) and not numeric):
-            meant = {int: '<number>', str: '<text>', tuple: '+'.join(map(str, default)) if kind is tuple else ''}
-            raise UserError(f'argument {part!r} of the sweep: expected '
-                            + (name if kind is bool else f'{name}={meant[kind]}'))
-        found[name] = {bool: lambda: True, int: lambda: int(text), str: lambda: text, tuple: lambda: tuple(
-            int(value) if value.isdecimal() else value for value in values)}[kind]()
+        try:
+            found[name] = _value(text if equals else None, defaults[name])
+        except ValueError as expected:
+            raise UserError(f'argument {part!r} of the sweep: expected {name}{expected}') from expected
     return types.SimpleNamespace(**found)
+
+
+def _value(text: str | None, default: bool | int | str | tuple) -> bool | int | str | tuple:
+    """The text behind a name, None where there is none, as the type of the default.
+
+    Raises:
+      ValueError: with what was expected.
+    """
+    if isinstance(default, bool):
+        if text is not None:
+            raise ValueError
+        return True
+    if isinstance(default, str):
+        if not text:
+            raise ValueError('=<text>')
+        return text
+    if isinstance(default, int):
+        if text is None or not text.isdecimal():
+            raise ValueError('=<number>')
+        return int(text)
+    parts = (text or '').split('+')
+    if not all(part.isdecimal() or part in default for part in parts):
+        raise ValueError('=' + '+'.join(map(str, default)))
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def load(path: str | os.PathLike) -> types.ModuleType:
