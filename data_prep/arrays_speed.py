@@ -4,11 +4,15 @@
 
 Makes an input per format in SCRATCH (kept for the next time), reads it with zarr, h5py, numpy, rasterio or Pillow alone
 in worker processes, and converts it. Both times include the start of the processes; the disk's cache is warm for both.
-On a machine that is busy otherwise the time of the processors tells more than that of the clock: it is shown, too.
+In between, as many bytes as the conversion writes are written through ArrayRecord, with the checksum of each file:
+reading and writing together are what no conversion can do without. On a machine that is busy otherwise the time of the
+processors tells more than that of the clock: the ratios are shown of both.
 """
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
+import hashlib
 import multiprocessing
 import os
 import pathlib
@@ -168,9 +172,26 @@ class Seconds:
     clock: float
     processors: float
 
+    def __add__(self, other: 'Seconds') -> 'Seconds':
+        return Seconds(self.clock + other.clock, self.processors + other.processors)
 
-def measure(name: str, folder: pathlib.Path, gb: float, workers: int, rounds: int) -> tuple[int, Seconds, Seconds]:
-    """Bytes of pixels, and what the fastest round of reading and of converting took."""
+
+def write_records(path: str, record_bytes: int, records: int) -> str:
+    """Writes so many records of random bytes, without anything that is read or known of them; returns the checksum."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    writer = ArrayRecordWriter(path, 'group_size:1,uncompressed')
+    record = np.random.default_rng(0).bytes(record_bytes)
+    for _ in range(records):
+        writer.write(record)
+    writer.close()
+    with open(path, 'rb') as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def measure(name: str, folder: pathlib.Path, gb: float, workers: int, rounds: int) \
+        -> tuple[int, Seconds, Seconds, Seconds]:
+    """Bytes of pixels, and what the fastest round of reading, of writing and of converting took."""
     file, make, read, describer, size = FORMATS[name]
     path = folder / f'{gb:g}gb_{file}'
     count = max(8, int(gb * 1e9 / (SIZE * SIZE * CHANNELS * size)) // 4 * 4)
@@ -181,15 +202,23 @@ def measure(name: str, folder: pathlib.Path, gb: float, workers: int, rounds: in
         temporary.rename(path)
     out = folder / 'out'
     shutil.rmtree(out, ignore_errors=True)
-    reading, converting = [], []
+    reading, writing, converting = [], [], []
     for _ in range(rounds):
-        total, seconds = _timed(lambda: _in_processes(read, str(path), workers))
+        total, seconds = _timed(lambda: sum(_in_processes(read, [(str(path), i, 8 * workers)
+                                                                 for i in range(8 * workers)], workers)))
         reading.append(seconds)
-        _, seconds = _timed(lambda: convert.convert(describer(str(path), workers), out, workers=workers, quiet=True,
-                                                    shard_mb=64))
+        manifest, seconds = _timed(lambda: convert.convert(describer(str(path), workers), out, workers=workers,
+                                                           quiet=True, shard_mb=64))
         converting.append(seconds)
+        shards = [shard for split in manifest.splits.values() for shard in split.shards]
         shutil.rmtree(out)
-    best = [Seconds(min(s.clock for s in found), min(s.processors for s in found)) for found in (reading, converting)]
+        out.mkdir()
+        tasks = [(str(out / s.name), s.bytes // s.records, s.records) for s in shards]
+        _, seconds = _timed(functools.partial(_in_processes, write_records, tasks, workers))
+        writing.append(seconds)
+        shutil.rmtree(out)
+    best = [Seconds(min(s.clock for s in found), min(s.processors for s in found))
+            for found in (reading, writing, converting)]
     return total, *best
 
 
@@ -203,11 +232,10 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, Seconds]:
     return result, Seconds(time.perf_counter() - clock, processors() - before)
 
 
-def _in_processes(read: Callable[[str, int, int], int], path: str, workers: int) -> int:
-    parts = 8 * workers
+def _in_processes(work: Callable[..., Any], arguments: Sequence[Sequence[Any]], workers: int) -> list[Any]:
     context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent, (os.getpid(),)) as pool:
-        return sum(pool.map(read, [path] * parts, range(parts), [parts] * parts))
+        return list(pool.map(work, *zip(*arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -220,15 +248,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     folder = pathlib.Path(a.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    print(f'{"format":8} {"library MB/s":>12} {"conversion MB/s":>16} {"ratio":>6} {"of CPU time":>12}   seconds')
+    print(f'{"":8} {"MB/s of pixels":^27} {"conversion, of reading":^23} {"of reading + writing":^21}')
+    print(f'{"format":8} {"library":>12} {"conversion":>14} {"clock":>11} {"processors":>11} {"clock":>10} '
+          f'{"processors":>10}   seconds')
     for name in a.formats.split(','):
         if name not in FORMATS:
             raise UserError(f'--formats: {name!r} is unknown{nearest(name, FORMATS)}')
-        total, alone, whole = measure(name, folder, a.gb, a.workers, a.rounds)
-        print(f'{name:8} {total / alone.clock / 1e6:12.1f} {total / whole.clock / 1e6:16.1f} '
-              f'{alone.clock / whole.clock:6.0%} {alone.processors / whole.processors:12.0%}   '
-              f'{alone.clock:.1f} and {whole.clock:.1f}, CPU {alone.processors:.1f} and {whole.processors:.1f}',
-              flush=True)
+        total, read, write, whole = measure(name, folder, a.gb, a.workers, a.rounds)
+        both = read + write
+        print(f'{name:8} {total / read.clock / 1e6:12.1f} {total / whole.clock / 1e6:14.1f} '
+              f'{read.clock / whole.clock:11.0%} {read.processors / whole.processors:11.0%} '
+              f'{both.clock / whole.clock:10.0%} {both.processors / whole.processors:10.0%}   '
+              f'{read.clock:.1f} + {write.clock:.1f} and {whole.clock:.1f}, '
+              f'CPU {read.processors:.1f} + {write.processors:.1f} and {whole.processors:.1f}', flush=True)
 
 
 if __name__ == '__main__':
