@@ -9,6 +9,7 @@ from typing import Any
 from data_prep.convert import ChannelSpec, Dataset, Item
 from data_prep.extras import need
 from data_prep.galaxy10_hdf5 import CLASSES, Version, version_of
+from data_prep.pictures import check_whole
 from data_prep.problems import OnError, Problems
 from data_prep.splits import stratified
 from ssl_jax.data.source import first_line
@@ -89,6 +90,7 @@ class Load:
             raise UserError(f'{path}: row {row} of row group {group} cannot be read ({first_line(error)})') from error
         if image is None:
             raise UserError(f'{path}: row {row} of row group {group} has no image')
+        check_whole(image)
         return {'image': image}
 
 

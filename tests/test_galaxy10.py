@@ -50,6 +50,12 @@ def png(i):
     return file.getvalue()
 
 
+def jpeg(seed):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)).save(file, 'JPEG')
+    return file.getvalue()
+
+
 STRUCT = pyarrow.struct([('bytes', pyarrow.binary()), ('path', pyarrow.string())])
 
 
@@ -306,6 +312,17 @@ def test_damaged_parquet_raises_nothing_else(tmp_path):
             assert '\n' not in str(error)
             outcomes['refused'] += 1
     assert outcomes['refused'] > 40
+
+
+def test_a_picture_cut_short_can_be_left_out(tmp_path):
+    whole = jpeg(3)
+    write_parquet(tmp_path / 'data', 'train', range(20), images=[jpeg(i) for i in range(19)] + [whole[:-2]])
+    write_parquet(tmp_path / 'data', 'test', range(20, 30), images=[jpeg(i) for i in range(20, 30)])
+    describe = functools.partial(galaxy10_parquet.describe, tmp_path, provenance={})
+    with pytest.raises(UserError, match='train/00019.*the JPEG is truncated: its end mark is missing'):
+        convert(describe(), tmp_path / 'out', quiet=True)
+    manifest = convert(describe(on_error='skip'), tmp_path / 'out', on_error='skip', quiet=True, overwrite=True)
+    assert [s['key'] for s in manifest.source['skipped']] == ['train/00019'] and manifest.splits['train'].records == 19
 
 
 def test_conversions_are_identical(tmp_path):
