@@ -188,6 +188,20 @@ class Data:
         order = stream.sample_order(steps * batch)
         return stream.Batches(self._batches(order, load, batch, 0, process_index, process_count), steps)
 
+    def rows(self, split: str, rows: Sequence[int], *, batch: int,
+             fields: Sequence[str] | None = None) -> stream.Batches:
+        """Examples of a split in the order given; as `eval`, but what one process asks for, another does not see.
+
+        Args:
+          rows: places in the split; what lies behind its end gives its last example with weight 0.
+          batch: that `rows` is a multiple of.
+        """
+        if batch < 1 or len(rows) % batch:
+            raise ValueError(f'{len(rows)} rows are no multiple of {batch}')
+        load = self.load(split, self.fields if fields is None else fields, weighted=True)
+        order = grain.MapDataset.source([int(row) for row in rows])
+        return stream.Batches(self._batches(order, load, batch, 0, 0, 1), len(rows) // batch)
+
     def labels(self, split: str) -> np.ndarray:
         """The labels of a split in the order of its examples: (n,) int32 class indices, or (n, K) float32.
 

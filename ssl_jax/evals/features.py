@@ -56,8 +56,8 @@ def predictions(evaluator: Evaluator, objective: Objective, view: View, state: T
     waiting = None
     for host in batches:
         ready = waiting
-        waiting = _predict(state.params, state.aux, layout.put(host), objective=ByIdentity(objective),
-                           view=ByIdentity(view), parts=parts, replicated=layout.replicated)
+        waiting = predict(state.params, state.aux, layout.put(host), objective=ByIdentity(objective),
+                          view=ByIdentity(view), parts=parts, sharding=layout.replicated)
         # One batch behind, so that the device has work while the host reads.
         if ready is not None:
             yield _unpadded(ready)
@@ -92,9 +92,17 @@ def groups(data: Data, split: str, index: np.ndarray) -> np.ndarray | None:
     return numbers if numbers.max() + 1 < len(index) else None
 
 
-@functools.partial(jax.jit, static_argnames=('objective', 'view', 'parts', 'replicated'))
-def _predict(params: Any, aux: Any, batch: Mapping[str, jax.Array], *, objective: ByIdentity, view: ByIdentity,
-             parts: tuple[str, ...], replicated: NamedSharding) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=('objective', 'view', 'parts', 'sharding'))
+def predict(params: Any, aux: Any, batch: Mapping[str, jax.Array], *, objective: ByIdentity, view: ByIdentity,
+            parts: tuple[str, ...], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """What `parts` names, of a host batch, as float32, with its 'label', 'index' and 'weight' where it has them.
+
+    Args:
+      sharding: of the results; gathered by the compiled program where `replicated`, so that every process can read the
+        whole batch.
+    Raises:
+      UserError: the objective does not predict this.
+    """
     batch = view.value.eval(batch)
     out = dict(objective.value.predict(params, aux, batch))
     if 'patches' in out:
@@ -103,9 +111,8 @@ def _predict(params: Any, aux: Any, batch: Mapping[str, jax.Array], *, objective
     if missing:
         raise UserError(f'{type(objective.value).__name__} predicts no {missing[0]!r}, only {", ".join(sorted(out))}')
     rows = {part: out[part].astype(jnp.float32) for part in parts}
-    rows |= {k: batch[k] for k in ('label', 'index', 'weight')}
-    # Gathered by the compiled program, so that every process can read the whole batch.
-    return jax.lax.with_sharding_constraint(rows, replicated)
+    rows |= {k: batch[k] for k in ('label', 'index', 'weight') if k in batch}
+    return jax.lax.with_sharding_constraint(rows, sharding)
 
 
 def _unpadded(rows: dict[str, jax.Array]) -> dict[str, np.ndarray]:
