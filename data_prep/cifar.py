@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import convert, pickles, subsets
+from data_prep import convert, subsets
 from data_prep.archives import File, Source, open_source
 from data_prep.convert import ChannelSpec, Dataset, Item
-from data_prep.fetch import fetch
 from data_prep.problems import OnError, Problems
 from data_prep.shards import PARTIAL
 from data_prep.splits import stratified
+from ssl_jax.data.download import fetch
 from ssl_jax.errors import UserError
+from ssl_jax.weights import pickles
 
 URL = 'https://www.cs.toronto.edu/~kriz/'
 SHA256 = {

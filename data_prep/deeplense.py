@@ -24,10 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import convert, npy, pickles, subsets
+from data_prep import convert, subsets
 from data_prep.convert import ChannelSpec, Dataset, Item
 from data_prep.problems import OnError, Problems
+from ssl_jax.data import npy
 from ssl_jax.errors import UserError
+from ssl_jax.weights import pickles
 
 FOLDERS = ('lenses', 'nonlenses')       # in the order of their labels
 CLASSES = ('lens', 'nonlens')

@@ -23,10 +23,10 @@ import numpy as np
 
 from data_prep import convert, galaxy10_hdf5, galaxy10_parquet, subsets
 from data_prep.convert import Dataset
-from data_prep.fetch import fetch
 from data_prep.galaxy10_hdf5 import CLASSES
 from data_prep.scratch import scratch_folder
 from data_prep.shards import PARTIAL
+from ssl_jax.data.download import fetch
 from ssl_jax.errors import UserError
 
 URL = 'https://zenodo.org/records/10845026/files/Galaxy10_DECals.h5'

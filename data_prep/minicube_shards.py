@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from data_prep import minicube_samples as samples
-from data_prep import packed, torch_blobs
+from data_prep import packed
 from data_prep.convert import Dataset, Item, add_flags, convert, options, provenance, run
 from data_prep.hephaestus_minicubes import CLASSES
 from data_prep.minicube_reading import step_channels
 from data_prep.minicube_store import CHANNELS, in_swath, mend
 from data_prep.problems import OnError, Problems
 from ssl_jax.errors import UserError, nearest
+from ssl_jax.weights import torch_files
 
 FOLDERS = {'train_pos': 'train', 'train_neg': 'train', 'val': 'val', 'test': 'test'}
 PARTS = ('image', 'labels', 'sample')
@@ -139,7 +140,7 @@ def _blob(path: str | os.PathLike, member: packed.Member) -> Any:
     with open(path, 'rb') as file:
         content = packed.read(file, path, member)
     try:
-        return torch_blobs.load(content)
+        return torch_files.load(content)
     except UserError as error:
         raise UserError(f'{path}: {member.name}: {error}') from error
 
@@ -163,6 +164,8 @@ def load(reading: Reading, item: Item) -> dict[str, Any]:
     where = f'{path}: {image_member.name}'
     if len(masks) != steps:
         raise UserError(f'{path}: {labels_member.name} has {len(masks)} interferograms, the first sample has {steps}')
+    if isinstance(image, np.ndarray) and image.dtype.name == 'bfloat16':
+        image = image.astype(np.float32)
     if not isinstance(image, np.ndarray) or image.dtype.kind != 'f' or image.shape != expected:
         found = getattr(image, 'shape', type(image).__name__)
         raise UserError(f'{where} is {found}, expected floats {expected}: {steps} times {", ".join(reading.stored)}')

@@ -30,12 +30,12 @@ import numpy as np
 from data_prep import convert
 from data_prep.archives import Source, open_source
 from data_prep.convert import ChannelSpec, Dataset, Item
-from data_prep.fetch import fetch
 from data_prep.pictures import check_whole, size_of, storable
 from data_prep.problems import OnError, Problems
 from data_prep.shards import PARTIAL
 from data_prep.splits import stratified
 from ssl_jax.data.decode import decode_image, decode_label_map
+from ssl_jax.data.download import fetch
 from ssl_jax.data.source import first_line
 from ssl_jax.errors import UserError
 

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from data_prep import deeplense, npy, subsets
+from data_prep import deeplense, subsets
 from data_prep.convert import convert
-from ssl_jax.data import records
+from ssl_jax.data import npy, records
 from ssl_jax.data.pipeline import Data
 from ssl_jax.data.source import Manifest, ShardSource
 from ssl_jax.errors import UserError

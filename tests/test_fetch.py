@@ -8,9 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from data_prep import fetch as module
-from data_prep import transfer
-from data_prep.fetch import Entry, fetch, fetch_all, read_list
+from data_prep.fetch import Entry, fetch_all, read_list
+from ssl_jax.data import download as module
+from ssl_jax.data import transfer
+from ssl_jax.data.download import fetch
 from ssl_jax.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

@@ -122,7 +122,7 @@ def test_records(shards, tmp_path, monkeypatch):
     (dict(sample=[1]), 'sample.pth is a list, expected a dict'),
     (dict(sample={'frame_id': 'x', 'label': [1]}), 'lacks frame_id or its one list .*: it has frame_id, label'),
     (dict(sample=sample(0, (0, 1))['sample'] | {'label': [1]}), 'label is ..1.., expected one for each of 2'),
-    (dict(sample=sample(0, (0, 1))['sample'] | {'x': Global('os', 'system')('true')}), 'asks for os.system'),
+    (dict(sample=sample(0, (0, 1))['sample'] | {'x': Global('os', 'system')('true')}), "it names 'os.system'"),
 ])
 def test_bad_samples(shards, change, message):
     write(shards / 'train_pos' / 'sample-train_pos-000001.tar', {7: sample(7, (0, 1), **change)})

@@ -165,7 +165,7 @@ def _channels(name: str, info: Any, found: Manifest) -> tuple[Channel, ...]:
             statistics = Statistics(image.dtype.name, np.median(image, (0, 1)))
         statistics.add(image)
     channels = [Channel(name=n, kind='linear', mean=s.mean, std=s.std, period=None, unit='', minimum=s.minimum,
-                        maximum=s.maximum, percentiles=s.percentiles, valid_fraction=1.0)
+                        maximum=s.maximum, percentiles=s.percentiles, valid_fraction=1.0, histogram=s.histogram)
                 for n, s in zip(channel_names(count), statistics.summary())]
     if info.name == 'imagenet2012':
         channels = [dataclasses.replace(c, mean=255 * m, std=255 * s)

@@ -9,8 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_prep import pickles
 from ssl_jax.errors import UserError
+from ssl_jax.weights import pickles
 
 NAMES = np.array(['7553.npy', '101.npy', 'é.npy'])
 VALUES = {

@@ -11,7 +11,7 @@ _HEADER = re.compile(r"\{'descr': '([<>|=][biuf]\d{1,2})', 'fortran_order': (Tru
                      r"'shape': \(([\d, ]{0,200})\), \} *\n")
 
 
-def read(data: bytes, where: str) -> np.ndarray:
+def read(data: bytes | memoryview, where: str) -> np.ndarray:
     """The array of an npy file, read-only, over the memory of `data`.
 
     Args:
@@ -20,11 +20,11 @@ def read(data: bytes, where: str) -> np.ndarray:
     Raises:
       UserError: no npy file, an array of anything but numbers, or a truncated one.
     """
-    width = {b'\x01\x00': 2, b'\x02\x00': 4, b'\x03\x00': 4}.get(data[6:8])
+    width = {b'\x01\x00': 2, b'\x02\x00': 4, b'\x03\x00': 4}.get(bytes(data[6:8]))
     if data[:6] != b'\x93NUMPY' or width is None:
-        raise UserError(f'{where} is no npy file: it starts with {data[:8]!r}')
+        raise UserError(f'{where} is no npy file: it starts with {bytes(data[:8])!r}')
     start = 8 + width + int.from_bytes(data[8:8 + width], 'little')
-    header = data[8 + width:start].decode('latin1')
+    header = bytes(data[8 + width:start]).decode('latin1')
     found = _HEADER.fullmatch(header)
     if not found:
         kind = re.search(r"'descr': *'?([^',]{1,20})", header)

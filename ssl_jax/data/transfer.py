@@ -8,7 +8,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 
-from data_prep import extras
 from ssl_jax.data.source import first_line
 from ssl_jax.errors import UserError
 
@@ -115,8 +114,8 @@ def _ask_http(stack: contextlib.ExitStack, url: str, have: int, known: Known | N
 
 
 def _ask_remote(stack: contextlib.ExitStack, url: str, have: int, known: Known | None) -> Answer | None:
-    fsspec = extras.need('fsspec', extra='remote', what=f'reading {urllib.parse.urlsplit(url).scheme}://')
     try:
+        import fsspec
         system, inner = fsspec.core.url_to_fs(url)
         info = system.info(inner)
         names = ('ETag', 'etag', 'generation', 'LastModified', 'updated', 'mtime', 'created')

@@ -1,6 +1,5 @@
 """Files of torch.save, read without torch: what comes out, what is refused, and damage."""
 import collections
-import pickle
 import warnings
 import zipfile
 
@@ -8,8 +7,8 @@ import numpy as np
 import pytest
 from torch_writer import REBUILD, Global, Reference, Storage, save
 
-from data_prep.torch_blobs import load
 from ssl_jax.errors import UserError
+from ssl_jax.weights.torch_files import load
 
 HOOKS = collections.OrderedDict()
 
@@ -44,11 +43,13 @@ def test_views_of_one_storage():
 def test_bfloat16_and_numpy_scalars():
     bits = (np.array([1.5, -2, 3e38], 'f4').view('u4') >> 16).astype('u2')
     half = REBUILD(Storage('0', 'BFloat16Storage', bits.tobytes(), 3), 0, (3,), (1,), False, HOOKS)
-    np.testing.assert_allclose(load(save(half)), [1.5, -2, 3e38], rtol=0.01)
+    found = load(save(half))
+    assert found.dtype.name == 'bfloat16'
+    np.testing.assert_allclose(found.astype('f4'), [1.5, -2, 3e38], rtol=0.01)
     for core in ('core', '_core'):
         scalar = Global(f'numpy.{core}.multiarray', 'scalar')
         found = load(save(scalar(Global('numpy', 'dtype')('f4', False, True), np.float32(2.5).tobytes())))
-        assert found == 2.5 and found.dtype == np.float32
+        assert found == 2.5 and type(found) is float
 
 
 def tensor(offset, shape, strides, count=4):
@@ -56,30 +57,30 @@ def tensor(offset, shape, strides, count=4):
 
 
 @pytest.mark.parametrize('value, message', [
-    (Global('os', 'system')('true'), 'asks for os.system, which is not admitted'),
-    (Global('builtins', 'eval')('1'), 'asks for builtins.eval'),
-    (Global('builtins', 'getattr')('a', 'b'), 'asks for builtins.getattr'),
-    (Global('torch.nn.modules.linear', 'Linear'), 'asks for torch.nn.modules.linear.Linear'),
-    (Global('torch', 'load')('x'), 'asks for torch.load'),
-    (Global('numpy', 'load')('x'), 'asks for numpy.load'),
-    (np.ones(2, 'c8'), 'asks for torch.ComplexFloatStorage'),
-    (Global('numpy', 'dtype')('O', False, True), "NumPy scalar of 'O'"),
-    (Global('_codecs', 'encode')('x', 'rot13'), "encoding 'rot13'"),
-    (Reference(('module', 'x', '0', 'cpu', 1)), "refers to 'module', which is not admitted"),
-    (Reference(('storage', 'FloatStorage', '0', 'cpu', 1)), "refers to 'storage'"),
-    (Reference(7), 'damaged .TypeError'),
-    (tensor(0, (5,), (1,)), 'leaves its storage of 4 elements'),
+    (Global('os', 'system')('true'), 'names .os.system.,'),
+    (Global('builtins', 'eval')('1'), 'names .builtins.eval.,'),
+    (Global('builtins', 'getattr')('a', 'b'), 'names .builtins.getattr.,'),
+    (Global('torch.nn.modules.linear', 'Linear'), 'names .torch.nn.modules.linear.Linear.,'),
+    (Global('torch', 'load')('x'), 'names .torch.load.,'),
+    (Global('numpy', 'load')('x'), 'names .numpy.load.,'),
+    (Global('torch._utils', '_rebuild_sparse_tensor')(1), 'names .torch._utils._rebuild_sparse_tensor.,'),
+    (Global('numpy', 'dtype')('O', False, True), "array of dtype 'O'"),
+    (Global('_codecs', 'encode')('x', 'rot13'), 'unknown encoding'),
+    (Reference(('module', 'x', '0', 'cpu', 1)), "refers to 'module', expected a storage"),
+    (Reference(('storage', 'FloatStorage', '0', 'cpu', 1)), 'a storage of no known type'),
+    (Reference(7), "refers to '7'"),
+    (tensor(0, (5,), (1,)), r'shape .5,. and strides .1,. leaves its storage of 4 elements'),
     (tensor(1, (4,), (1,)), 'leaves its storage'),
     (tensor(0, (2, 2), (3, 1)), 'leaves its storage'),
-    (tensor(0, (1000, 1000), (0, 0)), 'leaves its storage'),
+    (tensor(0, (100000, 1000), (0, 0)), 'repeats its storage too often'),
     (tensor(-1, (2,), (1,)), 'a tensor of offset -1'),
     (tensor(3, (2,), (-1,)), 'strides .-1,'),
     (tensor(0, (2,), (1, 1)), 'a tensor of offset 0, shape .2,. and strides .1, 1.'),
     (tensor(0, (2.0,), (1,)), 'shape .2.0,.'),
     (tensor(0, (1 << 70,), (1,)), 'leaves its storage'),
-    (tensor(0, (4,), (1,), count=5), "storage '0' has 16 bytes, 5 elements of float32 are expected"),
+    (tensor(0, (4,), (1,), count=5), "storage '0' has 16 bytes, expected 20"),
     (REBUILD('x', 0, (1,), (1,), False, HOOKS), 'without a storage'),
-    (REBUILD(1), 'damaged .TypeError'),
+    (REBUILD(1), 'other arguments than usual'),
 ])
 def test_what_is_refused(value, message):
     with pytest.raises(UserError, match=message) as stopped:
@@ -114,10 +115,11 @@ def with_pickle(content):
 
 def test_other_files_and_damage():
     good = save({'x': np.arange(100, dtype='f4'), 'y': [1, 'two', (3.0,)]})
-    for data, message in ((b'', 'not of the zip format'), (pickle.dumps(1), 'not of the zip format'),
+    for data, message in ((b'', "not of torch.save: it begins with b''"),
                           (save(1, compression=zipfile.ZIP_DEFLATED), 'members are compressed'),
                           (save(1, byteorder='big'), 'big-endian'), (save(1, without=('data.pkl',)), 'data.pkl'),
-                          (save(np.ones(3), without=('data/0',)), 'damaged .KeyError'), (with_pickle(b''), 'damaged'),
+                          (save(np.ones(3), without=('data/0',)), "lacks the member 'archive/data/0'"),
+                          (with_pickle(b''), 'damaged'),
                           (with_pickle(b'\x80\x02' + b'(' * 100_000 + b'.'), 'damaged'),
                           (with_pickle(b'\x80\x02]\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.'), 'damaged')):
         with pytest.raises(UserError, match=message) as stopped:
