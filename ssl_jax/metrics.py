@@ -89,23 +89,29 @@ def save_images(workdir: str | os.PathLike, step: int, tag: str, images: Mapping
         Image.fromarray(image).save(folder / f'{step:08d}_{name.replace("/", "_")}.png')
 
 
-def save_arrays(workdir: str | os.PathLike, step: int, tag: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Arrays of any shape as WORKDIR/arrays/<tag>-<step>.npz, where there are any."""
+def save_arrays(workdir: str | os.PathLike, step: int, tag: str, arrays: Mapping[str, Any]) -> None:
+    """Arrays of any shape as WORKDIR/arrays/<tag>-<step>.npz, and records as .json, where there are any."""
     if not arrays:
         return
     path = pathlib.Path(workdir, 'arrays', f'{tag}-{step:08d}.npz')
     path.parent.mkdir(parents=True, exist_ok=True)
+    records = {name: value for name, value in arrays.items() if isinstance(value, Mapping)}
+    if records:
+        write_atomic(path.with_suffix('.json'), json.dumps(records) + '\n')
+        arrays = {name: value for name, value in arrays.items() if name not in records}
     temporary = path.with_suffix('.tmp')
     with temporary.open('wb') as file:
         np.savez_compressed(file, **arrays)
     os.replace(temporary, path)
 
 
-def sort_values(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """An evaluator's results as numbers, pictures (uint8, (H, W, 3) or (H, W)) and other arrays."""
+def sort_values(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, Any]]:
+    """An evaluator's results as numbers, pictures (uint8, (H, W, 3) or (H, W)), and other arrays and records."""
     numbers, pictures, arrays = {}, {}, {}
     for name, value in values.items():
-        if np.ndim(value) == 0:
+        if isinstance(value, Mapping):
+            arrays[name] = value
+        elif np.ndim(value) == 0:
             numbers[name] = float(value)
         elif value.dtype == np.uint8 and (value.ndim == 2 or value.ndim == 3 and value.shape[2] == 3):
             pictures[name] = value

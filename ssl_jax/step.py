@@ -22,7 +22,7 @@ class TrainState:
 
 
 class Objective(Protocol):
-    """A learning objective as four pure functions over (params, aux)."""
+    """A learning objective as pure functions over (params, aux)."""
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Fresh (params, aux)."""
@@ -40,6 +40,9 @@ class Objective(Protocol):
         'cls' (B, D), 'patches' (B, N, D), 'logits' (B, C) or (B, H, W, C), 'recon' (B, H, W, C) in normalised
         units, 'mask' (B, N) with 1 = hidden from the encoder.
         """
+
+    def encoder_of(self, params: Tree, aux: Tree) -> Any:
+        """The module whose `features(image)` are what `predict` gives, for evaluators that look inside."""
 
 
 class View(Protocol):

@@ -47,7 +47,9 @@ def test_evaluate_alone_equals_evaluation_in_the_run(tmp_path):
     assert evaluate(str(tmp_path / 'run')) == pytest.approx(during)
     stored = json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
     assert stored == pytest.approx({'step': 6} | during)
-    assert set(evaluate(str(tmp_path / 'run'), ['knn'])) == {k for k in during if k.startswith('knn/')}
+    added = dict(name='reconstruct', count=1, baseline=False)   # which the run's config does not have
+    assert set(evaluate(str(tmp_path / 'run'), ['knn'], add=[added])) == {
+        'reconstruct/mse', *(k for k in during if k.startswith('knn/'))}
     with pytest.raises(UserError, match=r"--tag=kn is not an evaluator of this run \(did you mean 'knn'\?\)"):
         evaluate(str(tmp_path / 'run'), ['kn'])
     with pytest.raises(UserError, match='expected the folder of a run'):

@@ -14,7 +14,7 @@ from ssl_jax.evals import scores
 from ssl_jax.sharding import Layout
 from ssl_jax.step import Objective, TrainState, View
 
-Values = Mapping[str, float | np.ndarray]
+Values = Mapping[str, float | np.ndarray | Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Evaluator(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, objective: Objective, view: View, state: TrainState) -> Values:
-        """The results for this state: name -> number, picture (H, W, 3) uint8, or another array."""
+        """The results for this state: name -> number, picture (H, W, 3) uint8, another array, or a record for JSON."""
 
     def run(self, objective: Objective, view: View, state: TrainState) -> dict[str, float | np.ndarray]:
         """The results of `measure`, and its numbers for random weights as 'random/<name>', measured once."""

@@ -93,11 +93,16 @@ def attention_with_dropout(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.A
     Args:
       keys: (B,), one per example.
     """
-    products = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(products if bias is None else products + bias)
+    weights = attention_weights(q, k, bias)
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, weights.shape[1:]))(keys)
     weights = jnp.where(kept, weights / (1 - rate), 0)
     return jnp.einsum('bhqk,bkhd->bqhd', weights.astype(v.dtype), v)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """What every query (third axis) takes of every key: (B, heads, T, T) float32, rows of sum 1. See `attention`."""
+    products = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(products if bias is None else products + bias)
 
 
 def cudnn_takes(dtype: Any, head_width: int) -> bool:
@@ -164,6 +169,15 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
         """x: (B, T, D). bias: see `attention`, or rows (T, T) of its own table. keys: (B,), else nothing is dropped."""
+        q, k, v, bias = self.parts(x, bias)
+        if self.dropout and keys is not None:
+            out = attention_with_dropout(q, k, v, bias, self.dropout, keys)
+        else:
+            out = attention(q, k, v, bias)
+        return self.proj(out.reshape(*x.shape[:2], -1))
+
+    def parts(self, x: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Queries, keys and values (B, T, heads, head width), and the bias (heads, T, T) or None."""
         b, n, _ = x.shape
         if self.rel_pos_table is not None:
             bias = jnp.moveaxis(self.rel_pos_table[...][bias], -1, 0)
@@ -171,23 +185,29 @@ class Attention(nnx.Module):
         if self.split_bias:
             q, v = self.q_bias[...], self.v_bias[...]
             qkv += jnp.concatenate([q, jnp.zeros_like(q), v]).astype(qkv.dtype)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0)
-        if self.dropout and keys is not None:
-            out = attention_with_dropout(q, k, v, bias, self.dropout, keys)
-        else:
-            out = attention(q, k, v, bias)
-        return self.proj(out.reshape(b, n, -1))
+        return *jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0), bias
 
 
 class MLP(nnx.Module):
-    """Linear, exact (erf) GELU, Linear."""
+    """Linear, exact (erf) GELU, Linear.
 
-    def __init__(self, width: int, hidden: int, *, init: Init = INITS['mae'], dtype: Any, rngs: nnx.Rngs):
-        self.fc1 = linear(width, hidden, init.kernel, init, dtype=dtype, rngs=rngs)
+    Args:
+      gated: SwiGLU instead (Shazeer 2020, arXiv:2002.05202, equation 6, with biases): the first layer puts out twice as
+        much, and the SiLU of one half is multiplied with the other.
+    """
+
+    def __init__(self, width: int, hidden: int, *, gated: bool = False, init: Init = INITS['mae'], dtype: Any,
+                 rngs: nnx.Rngs):
+        self.gated = gated
+        self.fc1 = linear(width, hidden * (1 + gated), init.kernel, init, dtype=dtype, rngs=rngs)
         self.fc2 = linear(hidden, width, init.kernel, init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        x = self.fc1(x)
+        if self.gated:
+            gate, x = jnp.split(x, 2, axis=-1)
+            return self.fc2(jax.nn.silu(gate) * x)
+        return self.fc2(jax.nn.gelu(x, approximate=False))
 
 
 class LayerScale(nnx.Module):
@@ -205,13 +225,13 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, *, qkv_bias: bool | Literal['qv'] = True,
                  head_width: int | None = None, attn_dropout: float = 0.0, offsets: int | None = None,
-                 layer_scale: float | None = None, norm_eps: float = 1e-6, init: Init = INITS['mae'], dtype: Any,
-                 rngs: nnx.Rngs):
+                 gated_mlp: bool = False, layer_scale: float | None = None, norm_eps: float = 1e-6,
+                 init: Init = INITS['mae'], dtype: Any, rngs: nnx.Rngs):
         self.norm1 = layer_norm(width, dtype, epsilon=norm_eps, rngs=rngs)
         self.attn = Attention(width, heads, qkv_bias=qkv_bias, head_width=head_width, dropout=attn_dropout,
                               offsets=offsets, init=init, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, dtype, epsilon=norm_eps, rngs=rngs)
-        self.mlp = MLP(width, hidden, init=init, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(width, hidden, gated=gated_mlp, init=init, dtype=dtype, rngs=rngs)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
@@ -226,6 +246,12 @@ class Block(nnx.Module):
         if self.ls2 is not None:
             mlp = self.ls2(mlp)
         return x + (mlp if gains is None else mlp * gains[1, :, None, None].astype(mlp.dtype))
+
+
+    def attention(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """The weights with which each token of x (B, T, D) looks at the others: (B, heads, T, T) float32."""
+        q, k, _, bias = self.attn.parts(self.norm1(x), bias)
+        return attention_weights(q, k, bias)
 
 
 def stack_blocks(depth: int, width: int, heads: int, hidden: int, *, init: Init = INITS['mae'], rngs: nnx.Rngs,

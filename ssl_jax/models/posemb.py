@@ -68,18 +68,19 @@ def resize(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], r
     return x.reshape(-1, x.shape[-1])
 
 
-def refit(table: jax.Array, shape: tuple[int, ...], *, class_token: bool) -> jax.Array:
-    """Learned positions (1, T, D) as those of another square grid, by the rule of MAE's fine-tuning ('torch').
+def refit(table: jax.Array, shape: tuple[int, ...], *, class_token: bool, rule: Rule = 'torch') -> jax.Array:
+    """Learned positions (1, T, D) as those of another square grid, if not said otherwise by the rule of MAE's.
 
     Args:
       shape: (1, new T, D).
       class_token: whether the first row is that of the class token, which is kept.
+      rule: see `resize`.
     Raises:
       UserError: either grid is not square.
     """
     sides = [_side(n - class_token, f'{n} learned positions') for n in (table.shape[1], shape[1])]
     grids = [(side, side) for side in sides]
-    return jnp.concatenate([table[:, :class_token], resize(table[0, int(class_token):], *grids, 'torch')[None]], axis=1)
+    return jnp.concatenate([table[:, :class_token], resize(table[0, int(class_token):], *grids, rule)[None]], axis=1)
 
 
 def refit_relative(table: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -29,6 +29,7 @@ class ViT(nnx.Module):
     Args:
       size: preset of the arguments up to init; each of them, where given, replaces the preset's.
       head_width: of one attention head; None: width / heads.
+      mlp: 'swiglu' for a gated one, mlp_ratio * width wide after the gate, as in DINOv2's largest (arXiv:2304.07193).
       qkv_bias: 'qv' for queries and values alone (BEiT, SimMIM).
       patch_norm: LayerNorm before and after the patch embedding.
       pos: 'sincos' is MAE's fixed table; 'sincos_rows' MoCo v3's, with the axes swapped; 'learned' a parameter;
@@ -54,6 +55,7 @@ class ViT(nnx.Module):
     def __init__(self, *, size: Literal['Ti', 'S', 'B', 'L', 'H', 'g', '4M'] | None = None,
                  width: int | None = None, depth: int | None = None, heads: int | None = None,
                  mlp_ratio: float | None = None, head_width: int | None = None,
+                 mlp: Literal['gelu', 'swiglu'] = 'gelu',
                  qkv_bias: bool | Literal['qv'] | None = None, patch_norm: bool | None = None,
                  norm_eps: float | None = None,
                  pos: Literal['sincos', 'sincos_rows', 'learned', 'relative', 'relative_each'] | None = None,
@@ -102,6 +104,7 @@ class ViT(nnx.Module):
             self.registers = nnx.Param(initial.token(rngs.params(), (1, registers, width)))
         self.blocks = layers.stack_blocks(depth, width, heads, round(shape['mlp_ratio'] * width),
                                           qkv_bias=shape['qkv_bias'], head_width=shape['head_width'],
+                                          gated_mlp=mlp == 'swiglu',
                                           attn_dropout=attn_dropout, layer_scale=layer_scale, norm_eps=epsilon,
                                           offsets=offsets if pos == 'relative_each' else None, init=initial,
                                           dtype=dtype, rngs=rngs)
@@ -204,6 +207,23 @@ class ViT(nnx.Module):
     def encode_layers(self, image: jax.Array) -> jax.Array:
         """Residual streams after every block: (depth, B, prefix + N, width)."""
         return self.run(self.embed(image), key=None, train=False, every=True)
+
+    def attention(self, image: jax.Array, *, layer: int = -1) -> jax.Array:
+        """Softmax weights of the attention in one block: (B, heads, T, T) float32, T = prefix + N, rows of sum 1.
+
+        Row t is what token t takes of all tokens. Earlier blocks are run, later ones are not.
+
+        Args:
+          layer: counted from 0, or from the end if negative.
+        Raises:
+          UserError: there are not so many blocks.
+        """
+        if not -self.depth <= layer < self.depth:
+            raise UserError(f'vit layer={layer}: expected a number from {-self.depth} to {self.depth - 1}')
+        layer, x, bias = layer % self.depth, self.embed(image), self.attention_bias()
+        before = jax.tree.map(lambda stack: stack[:layer], self.blocks)
+        x = layers.run_blocks(before, x, bias=bias, remat=False, unroll=self.unroll)
+        return jax.tree.map(lambda stack: stack[layer], self.blocks).attention(x, bias)
 
     def __call__(self, image: jax.Array, *, keep: jax.Array | None = None, mask: jax.Array | None = None,
                  mask_token: jax.Array | None = None, key: jax.Array | None = None, train: bool = False) -> jax.Array:

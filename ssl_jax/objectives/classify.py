@@ -181,6 +181,10 @@ class Classify:
             x = encoder.pooled(batch['image'], self.pooling)
         return features | {'logits': head(x, train=False)}
 
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self._bind(aux.get('average', params), aux)[0]
+
     def _encoder(self, *, rngs: nnx.Rngs) -> nnx.Module:
         return config.resolve('models', self.encoder, where='objective.encoder', image_size=self.image_size,
                               channels=self.channels, dtype=self.dtype)(rngs=rngs)

@@ -114,7 +114,11 @@ class DINO:
 
     def predict(self, params: Tree, aux: Tree, batch: Batch) -> Mapping[str, jax.Array]:
         """'cls' and 'patches' of the teacher."""
-        return self.teacher.bind(aux['teacher'], aux.get('teacher_stats')).encoder.features(batch['image'])
+        return self.encoder_of(params, aux).features(batch['image'])
+
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self.teacher.bind(aux['teacher'], aux.get('teacher_stats')).encoder
 
     def bind(self, params: Tree, aux: Tree) -> tuple[nnx.Module, nnx.Module]:
         """Student and teacher."""

@@ -80,6 +80,10 @@ class MAE:
         return net.encoder.features(targets.fill_invalid(batch)) | {
             'recon': unpatchify(recon, net.encoder.grid, net.encoder.patch), 'mask': out['mask'].astype(jnp.float32)}
 
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self.net.bind(params).encoder
+
     def reconstruct(self, net: 'MAENet', batch: Batch, noise: jax.Array, *, key: jax.Array | None = None,
                     train: bool = False) -> dict[str, jax.Array]:
         """One masked forward pass.

@@ -140,7 +140,11 @@ class MoCo:
 
     def predict(self, params: Tree, aux: Tree, batch: Batch) -> Mapping[str, jax.Array]:
         """'cls' and 'patches' of the query encoder."""
-        return self.net.bind(params, aux.get('stats')).encoder.features(batch['image'])
+        return self.encoder_of(params, aux).features(batch['image'])
+
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self.net.bind(params, aux.get('stats')).encoder
 
 
 class MoCoNet(nnx.Module):

@@ -120,7 +120,11 @@ class MoCoV3:
 
     def predict(self, params: Tree, aux: Tree, batch: Batch) -> Mapping[str, jax.Array]:
         """'cls' and 'patches' of the encoder."""
-        return self.net.bind(self._whole(params, aux), aux['stats']).encoder.features(batch['image'])
+        return self.encoder_of(params, aux).features(batch['image'])
+
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self.net.bind(self._whole(params, aux), aux['stats']).encoder
 
     def _whole(self, params: Tree, aux: Tree) -> Tree:
         return params | {'encoder': params['encoder'] | aux.get('encoder', {})}

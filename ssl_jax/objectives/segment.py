@@ -144,6 +144,10 @@ class Segment:
         features, logits = self._forward(*self._bind(params, aux), batch['image'], train=False, key=None)
         return {'cls': features['cls'], 'patches': features['patches'], 'logits': logits}
 
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self._bind(params, aux)[0]
+
     @property
     def _criteria(self) -> dict[str, float]:
         return {self.criterion: 1.0} if isinstance(self.criterion, str) else dict(self.criterion)

@@ -74,6 +74,10 @@ class SimMIM:
         return net.encoder.features(targets.fill_invalid(batch)) | {
             'recon': unpatchify(out['pred'], net.encoder.grid, net.encoder.patch), 'mask': mask.astype(jnp.float32)}
 
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self.net.bind(params).encoder
+
     def draw(self, net: 'SimMIMNet', keys: jax.Array) -> jax.Array:
         """(B, N) bool, True = hidden, from one key per example."""
         noise = masking.uniform_noise(keys, math.prod(net.units))

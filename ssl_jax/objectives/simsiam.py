@@ -90,7 +90,11 @@ class SimSiam:
 
     def predict(self, params: Tree, aux: Tree, batch: Batch) -> Mapping[str, jax.Array]:
         """'cls' and 'patches' of the encoder."""
-        return self._bind(params, aux).encoder.features(batch['image'])
+        return self.encoder_of(params, aux).features(batch['image'])
+
+    def encoder_of(self, params: Tree, aux: Tree) -> nnx.Module:
+        """See the protocol."""
+        return self._bind(params, aux).encoder
 
     def _distance(self, p: jax.Array, z: jax.Array) -> jax.Array:
         if self.stop_prediction:
