@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -16,6 +17,8 @@ from ssl_jax.errors import UserError, nearest
 from ssl_jax.models import posemb
 from ssl_jax.sharding import path_name
 from ssl_jax.step import TrainState
+from ssl_jax.weights import adopt
+from ssl_jax.weights.layouts import state_path
 
 Tree = Any
 
@@ -165,8 +168,50 @@ def find(path: str, which: str | None = None) -> pathlib.Path:
                     'checkpoints/<step> of one')
 
 
-def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
-    """`state` with its encoder replaced by another run's, running statistics of its normalisation included.
+def restore_weights(checkpoint: pathlib.Path, params: Tree, aux: Tree) -> tuple[Tree, Tree]:
+    """(params, aux) of a checkpoint, without its moments and data position.
+
+    Args:
+      checkpoint: see `find`.
+      params, aux: shapes with the shardings wanted.
+    Raises:
+      UserError: it was made by another model, or cannot be read.
+    """
+    item, folder = {'params': params, 'aux': aux}, checkpoint / 'state'
+    saved = {k: v for k, v in flatten(_metadata(folder)).items() if k.startswith(('params/', 'aux/'))}
+    difference = _difference(saved, flatten(item))
+    if difference:
+        raise UserError(f'checkpoint {checkpoint} is of another model: {difference}')
+    restored = _read(folder, item)
+    return restored['params'], restored['aux']
+
+
+def _read(folder: pathlib.Path, item: Tree) -> Tree:
+    """What `item` names of a saved state, with its dtypes and shardings."""
+    with _named(folder), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True))
+
+
+def arrays(path: str) -> dict[str, np.ndarray]:
+    """What a checkpoint has learned, in host memory: {'params/encoder/norm/scale': ..., 'aux/...': ...}.
+
+    Args:
+      path: see `find`.
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    folder = find(path) / 'state'
+    item = {part: tree for part, tree in _metadata(folder).items() if part in ('params', 'aux')}
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    with _named(folder), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+        return flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=on_host,
+                                                                          partial_restore=True)))
+
+
+def graft(state: TrainState, init_from: str | Mapping[str, Any],
+          encoder: Mapping[str, Any] | None = None) -> TrainState:
+    """`state` with its encoder replaced by another run's or a file's, running statistics of normalisation included.
 
     Args:
       state: concrete arrays, whose shardings and dtypes the grafted leaves take.
@@ -176,10 +221,15 @@ def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
         'aux/stats/encoder', those of 'aux/teacher/encoder' are 'aux/teacher_stats/encoder'. Learned positions of
         another square grid are resized, and relative ones that all blocks share become those of every block where this
         run has them so; see `posemb.refit_relative`.
+        Or a file of weights or its URL, see `weights.read`, with what else `weights.fit.adopt` takes: layout, ignore,
+        channels, pos_resize. A table of what became of each of its names is printed.
+      encoder: this run's `config.objective.encoder`, which a file's must agree with.
     Raises:
       UserError: no such subtree, or a path of it that is missing, left over or of another shape.
     """
     spec = dict(path=init_from) if isinstance(init_from, str) else dict(init_from)
+    if isinstance(spec.get('path'), str) and adopt.holds_weights(spec['path']):
+        return _graft_file(state, spec, encoder)
     unknown = [k for k in spec if k not in ('path', 'which', 'source', 'target')]
     if unknown or 'path' not in spec or spec.get('which') not in (None, 'best', 'last'):
         raise UserError(f'config.init_from={init_from!r}: expected a folder or dict(path=, which=, source=, target=), '
@@ -210,13 +260,28 @@ def graft(state: TrainState, init_from: str | Mapping[str, str]) -> TrainState:
             sharding = (NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding)
                         else sharding)
         node[last] = jax.ShapeDtypeStruct(shape, own[path].dtype, sharding=sharding)
-    with _named(folder), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
-        restored = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)))
+    restored = flatten(_read(folder, item))
     grafted = {path: restored[there[name]] for name, path in wanted.items()}
     for name, refit in refits.items():
         path = wanted[name]
         grafted[path] = jax.jit(refit, out_shardings=own[path].sharding)(grafted[path])
+    return jax.tree.map_with_path(lambda path, leaf: grafted.get(path_name(path), leaf), state)
+
+
+def _graft_file(state: TrainState, spec: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> TrainState:
+    """`graft` from a file of weights."""
+    imported = adopt.load_spec(spec)
+    saved, own = {state_path(path): path for path in imported.tree}, flatten(state)
+    source, there = _subtree(saved, spec, 'source', spec['path'])
+    target, wanted = _subtree(own, spec, 'target', 'this run')
+    arrays, report = adopt.adopt(imported, {name: saved[path] for name, path in there.items()},
+                                 {name: tuple(own[path].shape) for name, path in wanted.items()}, spec, encoder)
+    if jax.process_index() == 0:
+        print(f'{source} of {spec["path"]} ({imported.words}) as {target}:\n{report}', flush=True)
+    grafted = {}
+    for name, path in wanted.items():
+        values = np.asarray(arrays[name], own[path].dtype)
+        grafted[path] = jax.make_array_from_callback(values.shape, own[path].sharding, values.__getitem__)
     return jax.tree.map_with_path(lambda path, leaf: grafted.get(path_name(path), leaf), state)
 
 

@@ -1,7 +1,8 @@
 """A config as objects: everything that shapes can tell is built and checked before any array is allocated."""
 import dataclasses
 import functools
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 
 from ssl_jax import config as configs
 from ssl_jax import flops
-from ssl_jax.checkpoint import Checkpoint
+from ssl_jax.checkpoint import Checkpoint, find, restore_weights
 from ssl_jax.config import Duration
 from ssl_jax.data.pipeline import Data
+from ssl_jax.data.source import Channel
 from ssl_jax.errors import UserError
 from ssl_jax.monitors import Health
 from ssl_jax.optim import Optim
 from ssl_jax.sharding import Layout
-from ssl_jax.step import TrainState
+from ssl_jax.step import TrainState, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +30,11 @@ class Experiment:
       duration: of the run: '800ep', '5000'.
       precision: of the forward and backward pass; parameters, moments and losses are float32 in both.
       accumulate: parts that a batch goes through in, one after another, before the update.
-      init_from: a run or checkpoint folder whose encoder this run starts from; see `checkpoint.graft`.
+      init_from: a run, checkpoint or file of weights whose encoder this run starts from; see `checkpoint.graft`.
       evals: evaluator specs by tag.
       health: when a collapse raises an alarm, and whether it ends the run; see `monitors.Health`.
       log_every: steps between lines of the metrics log.
+      watchdog: a step that takes longer has the stacks of all threads printed; None: never. See `guards.Watchdog`.
       wandb: arguments of `wandb.init`; None logs to files only.
     """
     objective: Mapping[str, Any]
@@ -49,6 +52,7 @@ class Experiment:
     mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     health: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     log_every: int = 50
+    watchdog: str | None = '10min'
     wandb: Mapping[str, Any] | None = None
 
 
@@ -89,6 +93,16 @@ class Run:
         """What gives a step its place in the data."""
         return dict(seed=self.experiment.seed, batch=self.experiment.batch, records=self.data.records)
 
+    def jit_step(self) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple]:
+        """The compiled step of the loop: (state, which it donates; global batch; flags) -> (state, metrics, any flag).
+
+        flags: (devices,) bool, see `guards.StopRequest`.
+        """
+        step = make_train_step(self.objective, self.view, self.tx, accumulate=self.experiment.accumulate)
+        return jax.jit(lambda state, batch, flags: (*step(state, batch, jax.random.key(self.experiment.seed)),
+                                                    flags.any()),
+                       donate_argnums=0, out_shardings=(self.shardings, None, self.layout.replicated))
+
     def init(self) -> TrainState:
         """A fresh state, made in place on the devices that hold it."""
         return jax.jit(functools.partial(_init, self.objective, self.tx, self.experiment.seed),
@@ -100,16 +114,18 @@ def _init(objective, tx, seed):
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), aux=aux)
 
 
-def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True) -> Run:
+def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True,
+             devices: Sequence[Any] | None = None) -> Run:
     """Builds everything that `config` names; see `Run`.
 
     Args:
       need_data: else the shapes in `config.data.planned` do where the data set is not there.
+      devices: for which to lay it out, also such as are only described; None: those of this machine.
     Raises:
       UserError: whatever does not fit, in one line.
     """
     experiment = configs.bind(Experiment, config, where='')()
-    layout = configs.bind(Layout, experiment.mesh, where='mesh')()
+    layout = configs.bind(Layout, experiment.mesh, where='mesh')().over(devices)
     _check_batch(experiment, layout)
 
     optim = configs.bind(Optim, experiment.optim, where='optim')()
@@ -118,15 +134,10 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
 
     data = configs.bind(Data, experiment.data, where='data')()
     data = data if need_data else data.or_planned()
-    steps_per_epoch = data.steps_per_epoch(experiment.batch)
-    total_steps = configs.steps(experiment.duration, where='duration', steps_per_epoch=steps_per_epoch)
-
     view = configs.build('views', experiment.view, where='view', image_size=data.image_size, channels=data.channels)
-    context = dict(image_size=view.size, channels=len(view.outputs), classes=len(data.classes),
-                   class_counts=lambda: data.class_counts,
-                   dtype={'bf16': 'bfloat16', 'f32': 'float32'}[experiment.precision],
-                   total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    context = objective_context(experiment, data, view)
     objective = configs.build('objectives', experiment.objective, where='objective', **context)
+    total_steps, steps_per_epoch = context['total_steps'], context['steps_per_epoch']
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, _ = jax.eval_shape(objective.init, key)
@@ -137,7 +148,8 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
                          layout.shardings(state))
 
     evals = {tag: configs.build('evals', spec, where=f'evals.{tag}', data=data, layout=layout, batch=experiment.batch,
-                                workdir=workdir, tag=tag) for tag, spec in experiment.evals.items() if data.exists()}
+                                workdir=workdir, tag=tag, restore=restore)
+             for tag, spec in experiment.evals.items() if data.exists()}
 
     if checkpoint.best is not None:
         _check_best(checkpoint.best, experiment.evals, evals)
@@ -155,6 +167,47 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True)
     for tag, evaluator in evals.items():
         run.every(evaluator.every, f'evals.{tag}.every')
     return run
+
+
+def objective_context(experiment: Experiment, data: Data, view: Any) -> dict[str, Any]:
+    """What the constructor of an objective may ask for; see `config.build`."""
+    steps_per_epoch = data.steps_per_epoch(experiment.batch)
+    return dict(image_size=view.size, channels=len(view.outputs), classes=len(data.classes),
+                class_counts=lambda: data.class_counts,
+                dtype={'bf16': 'bfloat16', 'f32': 'float32'}[experiment.precision], steps_per_epoch=steps_per_epoch,
+                total_steps=configs.steps(experiment.duration, where='duration', steps_per_epoch=steps_per_epoch))
+
+
+def restore(path: str, image_size: tuple[int, int], channels: tuple[Channel, ...],
+            layout: Layout) -> tuple[Any, Any, TrainState]:
+    """Objective, view and trained weights of another run, to be shown the images of this one.
+
+    Args:
+      path: its folder, or one of its checkpoints; of a folder the best state if it kept one.
+      image_size, channels: of the images, which must be such as that run was trained on.
+      layout: where the weights go.
+    Raises:
+      UserError: no such run, or it takes other images.
+    """
+    folder = find(path)
+    config = folder.parent.parent / 'config.json'
+    if not config.is_file():
+        raise UserError(f'{path}: expected a run folder, or a checkpoint in one, with {config}')
+    experiment = configs.bind(Experiment, json.loads(config.read_text()), where='')()
+    data = configs.bind(Data, experiment.data, where='data')().or_planned()
+    theirs, ours = [c.name for c in data.channels], [c.name for c in channels]
+    if (data.image_size, theirs) != (image_size, ours):
+        raise UserError(f'{path} takes images of {data.image_size} with channels {", ".join(theirs)}: expected those '
+                        f'of this run, {image_size} with {", ".join(ours)}')
+    with jax.transfer_guard('allow'):   # as the constants of constructors are moved
+        view = configs.build('views', experiment.view, where='view', image_size=image_size, channels=data.channels)
+        objective = configs.build('objectives', experiment.objective, where='objective',
+                                  **objective_context(experiment, data, view))
+        tree = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+        tree = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
+                            layout.shardings(tree))
+        params, aux = restore_weights(folder, *tree)
+    return objective, view, TrainState(step=None, params=params, opt_state=None, aux=aux)
 
 
 def _check_best(best: str, specs: Mapping[str, Any], evals: Mapping[str, Any]) -> None:

@@ -74,14 +74,14 @@ def test_reference_outputs(golden, weights):
         return {'student_backbone': x, 'student_out': student.head(x, train=True),
                 'teacher_backbone': t, 'teacher_out': teacher.head(t, train=True)}
 
-    student, teacher = (dino_to_tree(weights, f'{name}/') for name in ('student', 'teacher'))
+    student, teacher = (dino_to_tree(weights, name) for name in ('student', 'teacher'))
     for key, value in outputs(arrays(student), arrays(teacher)).items():
         assert_golden('dino', key, by_view(value), golden[key])
 
 
 def test_reference_loss_gradients_and_centre(golden, weights):
     objective = golden_dino()
-    params, teacher = (arrays(dino_to_tree(weights, f'{name}/')) for name in ('student', 'teacher'))
+    params, teacher = (arrays(dino_to_tree(weights, name)) for name in ('student', 'teacher'))
     aux = {'teacher': teacher, 'center': jnp.asarray(golden['center_before'][0])}
 
     def loss(params, step):
@@ -129,7 +129,7 @@ def test_reference_clipping_of_each_tensor(golden):
 
 
 def test_reference_teacher_update(golden, weights):
-    student, teacher = (dino_to_tree(weights, f'{name}/') for name in ('student', 'teacher'))
+    student, teacher = (dino_to_tree(weights, name) for name in ('student', 'teacher'))
     updated = tree_to_dino(ema(arrays(teacher), arrays(student), float(golden['ema/momentum'])))
     names = [k.removeprefix('ema/') for k in golden if k.startswith('ema/') and k != 'ema/momentum']
     assert len(names) > 30
@@ -169,7 +169,7 @@ def test_trajectory(weights):
     optim = Optim(name='adamw', lr=train['lr'], warmup=f'{train["warmup_epochs"]}ep', warmup_inclusive=True,
                   end_lr=train['min_lr'], weight_decay=train['wd'], weight_decay_end=train['wd_end'],
                   clip_per_tensor=train['clip'], freeze={'head/last_layer': f'{train["freeze"]}ep'})
-    params = arrays(dino_to_tree(weights, 'student/'))
+    params = arrays(dino_to_tree(weights, 'student'))
     aux = {'teacher': jax.tree.map(jnp.copy, params), 'center': jnp.zeros(64)}
     got, states, plan = trajectory(objective, optim, params, aux, [crops(golden, i) for i in range(4)],
                                    batch=train['B'], steps_per_epoch=train['niter'])

@@ -69,13 +69,13 @@ def test_reference_outputs(golden, weights):
                          'teacher_patch': tokens_by_view(teacher.head.patch_logits(tz_patches)),
                          'student_local_cls': by_view(student.head(local, train=True))}
 
-    student, teacher = (dino_to_tree(weights, f'{name}/') for name in ('student', 'teacher'))
+    student, teacher = (dino_to_tree(weights, name) for name in ('student', 'teacher'))
     for key, value in outputs(arrays(student), arrays(teacher)).items():
         assert_golden('ibot', key, value, golden[key])
 
 
 def golden_state(golden, weights):
-    params, teacher = (arrays(dino_to_tree(weights, f'{name}/')) for name in ('student', 'teacher'))
+    params, teacher = (arrays(dino_to_tree(weights, name)) for name in ('student', 'teacher'))
     return params, {'teacher': teacher, 'center': jnp.asarray(golden['center_before'][0]),
                     'patch_center': jnp.asarray(golden['center2_before'][0, 0])}
 
@@ -133,7 +133,7 @@ def test_trajectory(weights):
     optim = Optim(name='adamw', lr=train['lr'], warmup=f'{train["warmup_epochs"]}ep', warmup_inclusive=True,
                   end_lr=train['min_lr'], weight_decay=train['wd'], weight_decay_end=train['wd_end'],
                   clip_per_tensor=train['clip'], freeze={'head/last_layer': f'{train["freeze"]}ep'})
-    params = arrays(dino_to_tree(weights, 'student/'))
+    params = arrays(dino_to_tree(weights, 'student'))
     teacher = {k: jax.tree.map(jnp.copy, params[k]) for k in ('encoder', 'head')}
     aux = {'teacher': teacher, 'center': jnp.zeros(64), 'patch_center': jnp.zeros(64)}
     batches = [crops(golden, i) | {'mask': masks(golden['mask'][i])} for i in range(4)]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_weights import assert_golden, load, resnet_to_trees, settings, trees_to_resnet
+from golden_weights import assert_golden, load, read, settings, split, write
 from jax.sharding import NamedSharding, PartitionSpec
 from test_trajectories import batches_of, steps
 
@@ -34,14 +34,15 @@ def nhwc(x):
 
 def trees(weights, encoder):
     """(parameters, running statistics) of 'encoder_q' or 'encoder_k'."""
-    named = {k.replace(encoder, 'encoder'): v for k, v in weights.items() if k.startswith(f'{encoder}.')}
-    return jax.tree.map(jnp.asarray, resnet_to_trees(named, 'moco'))
+    named = {k.replace(encoder, 'encoder_q'): v for k, v in weights.items() if k.startswith(f'{encoder}.')}
+    params, aux = split(jax.tree.map(jnp.asarray, read('moco', named)))
+    return params, aux['stats']
 
 
 def torch_names(encoder, params, stats):
     """Under the names of `encoder`, '' for none."""
     replace = f'{encoder}.' if encoder else ''
-    return {replace + k.removeprefix('encoder.'): v for k, v in trees_to_resnet(params, stats, 'moco').items()}
+    return {replace + k.removeprefix('encoder_q.'): v for k, v in write('moco', params | {'stats': stats}).items()}
 
 
 @pytest.fixture(scope='module')

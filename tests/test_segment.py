@@ -45,7 +45,7 @@ def test_reference_of_simmim_pets():
     weights = {k: v for k, v in golden.load('mim004_encoder.safetensors').items() if not k.startswith('head')}
     order = np.arange(3 * patch ** 2).reshape(3, -1).T.ravel()   # theirs has the class slowest, ours fastest
     params = jax.tree.map(jnp.asarray, {
-        'encoder': golden.mim004_to_tree(weights, class_token=False),
+        'encoder': golden.mim004_to_tree(weights, class_token=False)['encoder'],
         'head': {'linear': {'kernel': numbers['mlp.weight'][order].T, 'bias': numbers['mlp.bias'][order]}}})
     # Twice the same image: a softmax over the whole batch would give another loss.
     twice = {'image': numbers['seg_image'].transpose(0, 2, 3, 1), 'label_map': numbers['seg_target'][:, 0].astype('i4'),

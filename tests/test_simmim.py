@@ -137,12 +137,7 @@ def test_reference_of_single_patches():
     weights = {f'encoder.{k}': v for k, v in load('mim004_encoder.safetensors').items() if not k.startswith('head')}
     weights |= load('mim004_simmim.safetensors')
 
-    def to_tree(weights):
-        return {'encoder': mim004_to_tree(weights, 'encoder.', class_token=False),
-                'mask_token': weights['mask_token'][None, None],
-                'decoder': {'kernel': weights['decoder.weight'].T, 'bias': weights['decoder.bias']}}
-
-    params = to_tree(weights)
+    params = mim004_to_tree(weights, class_token=False)
     net, masked = objective.net.bind(params), golden['simmim_masked_indices']
     mask = masking.unit_mask(golden['simmim_noise'], net.hidden, net.units, 1)
     np.testing.assert_array_equal(np.nonzero(mask)[1].reshape(4, -1), np.sort(masked, axis=1))
@@ -159,7 +154,8 @@ def test_reference_of_single_patches():
     expected['encoder.cls_token'] = limits['encoder.cls_token'] = np.zeros((1, 1, 48))
     compare = lambda g, e, atol: np.testing.assert_array_less(np.abs(g - e), atol)
     assert not expected['encoder.pos_embedding'][:, :1].any()
-    jax.tree.map(compare, jax.device_get(grads), to_tree(expected), to_tree(limits))
+    expected, limits = (mim004_to_tree(x, class_token=False) for x in (expected, limits))
+    jax.tree.map(compare, jax.device_get(grads), expected, limits)
 
 
 def load_limits(arrays):
@@ -172,7 +168,7 @@ def load_limits(arrays):
 def test_reference_transformer_of_single_patches(class_token):
     golden, weights = load('mim004.npz'), load('mim004_encoder.safetensors')
     tree = mim004_to_tree(weights, class_token=class_token)
-    head = tree.pop('head')
+    head, tree = tree['head']['linear'], tree['encoder']
     net = Net(lambda rngs: ViT(**pets(class_token=class_token), image_size=(32, 32), channels=3, rngs=rngs))
     features = jax.jit(lambda tree, x: net.bind(tree).features(x))(tree, nhwc(golden['x']))
     if class_token:

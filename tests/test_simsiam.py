@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_weights import assert_golden, load, resnet_to_trees, settings, trees_to_resnet
+from golden_weights import assert_golden, load, read, settings, split, write
 from test_trajectories import batches_of, trajectory
 
 from ssl_jax.errors import UserError
@@ -49,15 +49,15 @@ def golden():
     assert s['frozen_parameters'] == ['encoder.fc.6.bias']
     bias = weights.pop('encoder.fc.6.bias')
     weights['encoder.fc.7.running_mean'] -= bias
-    params, stats = jax.tree.map(jnp.asarray, resnet_to_trees(weights, 'simsiam'))
+    params, aux = split(jax.tree.map(jnp.asarray, read('simsiam', weights)))
     hidden = s['width'] * 8
     objective = SimSiam(encoder=dict(name='resnet', depth=18, width=s['width']), projector=(hidden, hidden, s['dim']),
                         predictor=(s['pred_dim'],), image_size=tuple(s['size']), channels=s['in_chans'])
-    return objective, params, {'stats': stats}, bias
+    return objective, params, aux, bias
 
 
 def torch_names(params, stats, bias):
-    named = trees_to_resnet(params, stats, 'simsiam')
+    named = write('simsiam', params | {'stats': stats})
     named['encoder.fc.7.running_mean'] = named['encoder.fc.7.running_mean'] + bias
     return named
 
@@ -77,7 +77,7 @@ def test_reference_forward_and_gradients(golden):
     out |= {'grads': grads, 'eval_z1': project(out['after'])}
     for key in ('p1', 'p2', 'z1', 'z2', 'loss', 'eval_z1'):
         assert_golden('simsiam', key, out[key], expected[key])
-    for prefix, ours in (('grad', trees_to_resnet(out['grads'], {}, 'simsiam')),
+    for prefix, ours in (('grad', write('simsiam', out['grads'])),
                          ('after', torch_names({}, out['after'], bias))):
         theirs = {k for k in expected if k.startswith(f'{prefix}/') and not k.endswith('num_batches_tracked')}
         assert theirs == {f'{prefix}/{name}' for name in ours}
