@@ -1,10 +1,18 @@
-"""The one exception for what a user can mend: `main` prints it as a single line and exits with 2."""
+"""What ends a run with one line: a mistake that the user can mend, or a request to stop."""
 import difflib
 from collections.abc import Iterable
+
+# Exit statuses of `main`.
+MISTAKE = 2    # the same command would fail again
+STOPPED = 75   # the same command continues; EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
     """Bad input. The message is one line naming the thing, its value and what was expected."""
+
+
+class Stopped(Exception):
+    """A run that was asked to end before its last step, and has saved. The message is one line."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

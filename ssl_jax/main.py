@@ -2,16 +2,25 @@
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from ssl_jax.errors import UserError
+from ssl_jax import processes
+from ssl_jax.errors import MISTAKE, STOPPED, Stopped, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'An experiment: a file with get_config().', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; continued if it holds a checkpoint. '
                                'runs/<name of the config> if left out.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print and draw what would happen, from shapes alone; train nothing.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0 of several, with --processes and '
+                                   '--process. SLURM, Open MPI and TPUs say so themselves.')
+_PROCESSES = flags.DEFINE_integer('processes', None, 'How many processes there are.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is, counted from 0.')
+_START_TIMEOUT = flags.DEFINE_integer('start_timeout', 300, 'Seconds to wait for the other processes.', lower_bound=1)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds without a sign of life of a process after '
+                                          'which the others end.', lower_bound=1)
 
 
 def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
@@ -35,19 +44,8 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
     return _CONFIG.value, _WORKDIR.value or str(pathlib.Path('runs', pathlib.Path(path).stem))
 
 
-def _join_processes() -> None:
-    """One process of several: JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say which."""
-    import jax
-    try:
-        count, index = int(os.environ['JAX_NUM_PROCESSES']), int(os.environ['JAX_PROCESS_ID'])
-    except (KeyError, ValueError) as error:
-        raise UserError('JAX_COORDINATOR_ADDRESS is set: expected numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID '
-                        f'too, got {error}') from error
-    jax.distributed.initialize(num_processes=count, process_id=index)
-
-
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, or 2 after one line on what the user can mend."""
+    """Returns the exit status: 0, 2 after one line on what the user can mend, 75 if asked to end early (and saved)."""
     app.define_help_flags()
     try:
         config, workdir = _parse(argv)
@@ -61,15 +59,24 @@ def main(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)
         if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
             jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
-        if 'JAX_COORDINATOR_ADDRESS' in os.environ:
-            _join_processes()
+        processes.start(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value,
+                        start_timeout=_START_TIMEOUT.value, heartbeat_timeout=_HEARTBEAT_TIMEOUT.value)
         if _DRY_RUN.value:
             describe(config, workdir)
         else:
             train(config, workdir)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
     except (UserError, OSError) as error:   # an OSError names the file, and what is wrong with it or its disk
         print(f'error: {error}', file=sys.stderr)
-        return 2
+        return processes.leave(MISTAKE)
+    except Exception as error:
+        if processes.lost_another(error):
+            print(f'error: another process is lost: {str(error).splitlines()[0]}', file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return processes.leave(1)
     return 0
 
 

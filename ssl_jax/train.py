@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from ssl_jax import config as configs
-from ssl_jax import flops
+from ssl_jax import environment, flops
 from ssl_jax.best import Best
 from ssl_jax.checkpoint import Checkpoints, graft
-from ssl_jax.errors import UserError
+from ssl_jax.errors import Stopped, UserError
 from ssl_jax.experiment import Run, assemble
+from ssl_jax.guards import StopRequest, Watchdog
 from ssl_jax.metrics import Meter, Progress, Writer, sort_values, table, write_atomic
-from ssl_jax.step import make_train_step
 
 
 def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
@@ -25,6 +25,8 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
     Returns:
       The evaluators' results after the last step, '<tag>/<metric>' -> number. With `config.checkpoint.best` they are
       those of the best state, and those of the last one are 'last/<tag>/<metric>'.
+    Raises:
+      Stopped: it was sent SIGTERM or SIGINT, and has saved.
     """
     run = assemble(config, workdir)
     experiment, layout, first_process = run.experiment, run.layout, jax.process_index() == 0
@@ -48,12 +50,13 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
         else:
             state = run.init()
             if experiment.init_from is not None:
-                state = graft(state, experiment.init_from)
+                state = graft(state, experiment.init_from, experiment.objective.get('encoder'))
 
         # Only now: a run that does not fit the checkpoint leaves the folder as it was.
         if first_process:
             pathlib.Path(workdir, 'results.json').unlink(missing_ok=True)
             write_atomic(pathlib.Path(workdir, 'config.json'), json.dumps(configs.plain(config), indent=2) + '\n')
+            environment.record(workdir, step=start)
 
         # Data from the very example where the checkpoint left off: its position is a function of the step alone.
         block, blocks = layout.block()
@@ -65,9 +68,9 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
                         wandb=experiment.wandb)
         stack.callback(writer.close)
 
-        step_fn = make_train_step(run.objective, run.view, run.tx, accumulate=experiment.accumulate)
-        train_step = jax.jit(lambda state, batch: step_fn(state, batch, jax.random.key(experiment.seed)),
-                             donate_argnums=0, out_shardings=(run.shardings, None))
+        train_step = run.jit_step()
+        stop, watchdog = StopRequest(layout), Watchdog(experiment.watchdog)
+        stack.callback(watchdog.rest)
         save_every = run.every(run.checkpoint.every, 'checkpoint.every')
         eval_every = {tag: run.every(e.every, f'evals.{tag}.every') for tag, e in run.evals.items()}
         watch_from = run.every(run.health.after, 'health.after')
@@ -82,6 +85,7 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
             for tag, evaluator in run.evals.items():
                 if step % eval_every[tag] and step != run.total_steps:
                     continue
+                watchdog.rest()
                 name = prefix + tag
                 found = writer.evaluated(step, name)
                 if not found:
@@ -98,15 +102,18 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
         stack.enter_context(jax.transfer_guard('disallow'))
         if start:
             evaluate(start)
-        previous = None
+        previous = asked = None
         for step in range(start, run.total_steps):
+            watchdog.step(first=step == start)
             began = time.perf_counter()
             host_batch = next(iterator)
             if previous is None or previous[1].is_ready():  # else the device was busy meanwhile
                 meter.waited(time.perf_counter() - began)
-            state, metrics = train_step(state, layout.put(host_batch))
+            stopping = asked
+            state, metrics, asked = train_step(state, layout.put(host_batch), stop.flag)
 
             # One step behind, so that the device never waits for the host.
+            stopping = stopping is not None and bool(jax.device_get(stopping))
             if previous is not None:
                 _stop_if_not_finite(*previous, run, workdir)
             previous = step, metrics['loss'], host_batch
@@ -114,9 +121,11 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
             if done == start + 1:  # tracing and compilation are no part of the rate
                 jax.block_until_ready(state)
                 meter.read(done)
+                # Not before: nothing was lost by ending at once, and no scheduler waits for compilation.
+                stack.enter_context(stop.listen())
 
             log, save = done % experiment.log_every == 0, done % save_every == 0
-            if log or save or done == run.total_steps:
+            if log or save or stopping or done == run.total_steps:
                 _stop_if_not_finite(*previous, run, workdir)
             if log or done == run.total_steps:
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -127,8 +136,11 @@ def train(config: Mapping[str, Any], workdir: str) -> dict[str, float]:
                 if alarms and run.health.on_collapse == 'stop':
                     raise UserError(f'collapse at step {done}, and config.health.on_collapse is \'stop\': '
                                     + '; '.join(alarms))
-            if save or done == run.total_steps:
+            if save or stopping or done == run.total_steps:
                 checkpoints.save(done, state)
+            if stopping and done < run.total_steps:
+                raise Stopped(f'stopped at step {done} of {run.total_steps}, which is saved: the same command '
+                              f'continues {workdir}')
             began = time.perf_counter()
             evaluate(done)
             meter.paused(time.perf_counter() - began)

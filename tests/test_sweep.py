@@ -134,10 +134,13 @@ def test_commands_and_job_arrays(tmp_path):
     (tmp_path / 'sbatch').chmod(0o755)
     environment = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
     subprocess.run(['bash', script, '--gres=gpu:1'], cwd=tmp_path, env=environment, check=True)
+    batch = f'{pathlib.Path(sweep_run.__file__).parents[2]}/launch/slurm.sbatch --commands={tmp_path}/commands.txt'
     assert (tmp_path / 'calls').read_text().splitlines() == [
-        f'--parsable --array=0-0 --gres=gpu:1 {script}',
-        f'--parsable --array=1-1 --dependency=afterok:1 --gres=gpu:1 {script}',
-        f'--parsable --array=2-2 --dependency=afterok:2 --gres=gpu:1 {script}']
+        f'--parsable --array=1-1 --gres=gpu:1 {batch}',
+        f'--parsable --array=2-2 --dependency=afterok:1 --gres=gpu:1 {batch}',
+        f'--parsable --array=3-3 --dependency=afterok:2 --gres=gpu:1 {batch}']
+    assert (tmp_path / 'commands.txt').read_text().splitlines() == [
+        f'{line} >> {tmp_path}/{name}/log.txt 2>&1' for line, name in zip(lines, ('pretrain', 'probe', 'report'))]
 
 
 def test_a_real_run_from_a_grid(tmp_path, capsys):

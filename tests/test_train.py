@@ -6,7 +6,6 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,9 +20,10 @@ import tiny
 from ssl_jax.best import Best
 from ssl_jax.checkpoint import find, flatten
 from ssl_jax.data.pipeline import Data
-from ssl_jax.errors import UserError
+from ssl_jax.errors import Stopped, UserError
 from ssl_jax.evals.classification import Classification
 from ssl_jax.experiment import assemble
+from ssl_jax.sharding import Layout
 from ssl_jax.step import TrainState
 from ssl_jax.tools.evaluate import evaluate
 from ssl_jax.train import train
@@ -167,16 +167,44 @@ def test_one_device_then_two(stripes, straight, tmp_path):
     assert_same(straight, tmp_path, atol=1e-6)
 
 
-def test_two_processes_train_like_one(stripes, straight, tmp_path):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    join = dict(JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}', JAX_NUM_PROCESSES='2')
-    processes = [subprocess.Popen(command(stripes, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                                  env=environment(devices=1, JAX_PROCESS_ID=str(i), **join)) for i in range(2)]
-    errors = [p.communicate(timeout=240)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], errors
+def test_two_processes_one_of_them_killed_train_like_one(stripes, straight, tmp_path):
+    """kill -9 of the second process: the launcher starts both again from the last complete checkpoint."""
+    launcher = subprocess.Popen(
+        [sys.executable, '-m', 'launch.local', '-n', '2', '--devices_per_process=1', '--',
+         *command(stripes, tmp_path)[3:]],
+        env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    children = []
+    while len(children) < 2 and launcher.poll() is None:
+        listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(launcher.pid)], capture_output=True, text=True)
+        children = sorted(map(int, listed.stdout.split()))
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (tmp_path / 'checkpoints/2').is_dir():
+        time.sleep(0.001)
+    os.kill(children[1], signal.SIGKILL)
+    error = launcher.communicate(timeout=240)[1]
+    assert launcher.returncode == 0, error
+    assert re.search(r'\[launch\] process 1 was ended by SIGKILL after \d+ s: restart 1 of 3', error)
+    assert re.search(rf'\[0\] continuing .* from step [24] of {STEPS}', error)
     assert_same(straight, tmp_path, atol=1e-6)
+
+
+def test_asked_to_stop_saves_and_continues_bitwise(stripes, straight, tmp_path, monkeypatch):
+    batches, put = [], Layout.put
+
+    def interrupted(self, batch):
+        batches.append(batch)
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(self, batch)
+
+    monkeypatch.setattr(Layout, 'put', interrupted)
+    config = tiny.config(stripes / 'data', duration=STEPS, checkpoint=dict(every=STEPS))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=f'stopped at step 4 of {STEPS}, which is saved: the same command continues'):
+        train(config, str(tmp_path))
+    assert find(tmp_path).name == '4' and signal.getsignal(signal.SIGTERM) == before
+    train(config, str(tmp_path))
+    assert_same(straight, tmp_path)
 
 
 def test_accumulation_trains_alike(tmp_path):
@@ -385,3 +413,5 @@ def test_config_is_stored(straight, stripes):
     stored = json.loads((straight / 'config.json').read_text())
     assert stored == json.loads(json.dumps(ml_collections.ConfigDict(
         tiny.config(stripes / 'data', duration=STEPS)).to_dict()))
+    starts = json.loads((straight / 'environment.json').read_text())
+    assert starts[0]['step'] == 0 and all(s['versions']['jax'] == jax.__version__ for s in starts)

@@ -160,7 +160,8 @@ class Batches:
 
 def _start_worker(index: int, count: int) -> None:
     """Runs first in every worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches every process; the parent ends its workers
+    for number in signal.SIGINT, signal.SIGTERM:   # Ctrl-C and schedulers reach all; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
     # grain imports jax where it is installed; should anything touch it here, it must not take an accelerator.
     if 'jax' in sys.modules:
         sys.modules['jax'].config.update('jax_platforms', 'cpu')

@@ -134,30 +134,27 @@ def commands(sweep: Sweep, folder: pathlib.Path) -> str:
 
 
 def slurm(sweep: Sweep, folder: pathlib.Path) -> str:
-    """A script that submits itself as a job array for every stage, each after all of the former has succeeded."""
+    """A script that submits a job array for every stage, each after all of the former has succeeded.
+
+    The jobs are the lines of DIR/commands.txt, each with its output in DIR/<job>/log.txt, and start, save and continue
+    as launch/slurm.sbatch has them.
+    """
     finished = prepare(sweep, folder)
-    stages = [[job.name for job in stage if job.name not in finished] for stage in sweep.stages()]
+    stages = [[job for job in stage if job.name not in finished] for stage in sweep.stages()]
     stages = [stage for stage in stages if stage]
-    names, submit = [name for stage in stages for name in stage], []
-    first = 0
+    jobs, submit, first = [job for stage in stages for job in stage], [], 1
+    lines, batch = folder / 'commands.txt', pathlib.Path(__file__).parents[2] / 'launch' / 'slurm.sbatch'
+    lines.write_text(''.join(f'{shlex.join(command(job, folder))} >> {shlex.quote(str(folder / job.name / "log.txt"))} '
+                             '2>&1\n' for job in jobs))
     for i, stage in enumerate(stages):
         after = f' --dependency=afterok:"$id{i - 1}"' if i else ''
-        submit.append(f'    id{i}=$(sbatch --parsable --array={first}-{first + len(stage) - 1}{after} "$@" "$0")')
+        submit.append(f'id{i}=$(sbatch --parsable --array={first}-{first + len(stage) - 1}{after} "$@" '
+                      f'{shlex.quote(str(batch))} {shlex.quote(f"--commands={lines}")})')
         first += len(stage)
-    listed = '\n'.join(f'    {name}    # {i}' for i, name in enumerate(names))
-    place = shlex.quote(str(folder))
     return f"""#!/bin/bash
-# {len(names)} jobs. On a login node: bash SCRIPT [options of sbatch, as --partition=gpu --gres=gpu:1 --time=1-0]
-jobs=(
-{listed}
-)
-if [ -z "$SLURM_ARRAY_TASK_ID" ]; then
-    set -e
+# {len(jobs)} jobs. On a login node: bash SCRIPT [options of sbatch, as --partition=gpu --gpus-per-node=1 --time=1-0]
+set -e
 {chr(10).join(submit)}
-    exit
-fi
-run={place}/${{jobs[$SLURM_ARRAY_TASK_ID]}}
-exec {shlex.quote(sys.executable)} -m ssl_jax.main --config="$run/job.py" --workdir="$run" >> "$run/log.txt" 2>&1
 """
 
 
