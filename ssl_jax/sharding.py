@@ -3,7 +3,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,10 +46,17 @@ class Layout:
     tensor: int = 1
     min_size: int = 2 ** 14
     rules: tuple[tuple[str, tuple], ...] = ()
+    devices: tuple[Any, ...] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    def over(self, devices: Sequence[Any] | None) -> 'Layout':
+        """This layout of other devices than those of the machine, also such as are only described; None: of these."""
+        other = dataclasses.replace(self)
+        object.__setattr__(other, 'devices', None if devices is None else tuple(devices))
+        return other
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        sizes, count = [self.data, self.fsdp, self.tensor], jax.device_count()
+        sizes, count = [self.data, self.fsdp, self.tensor], len(self.devices or jax.devices())
         wanted = 'x'.join(map(str, sizes))
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise UserError(f'config.mesh={wanted} (data x fsdp x tensor): expected positive sizes, '
@@ -60,7 +67,7 @@ class Layout:
             raise UserError(f'config.mesh={wanted} (data x fsdp x tensor) does not fit {count} devices: '
                             'expected a product equal to the number of devices')
         # Explicit axes, the default of make_mesh, reject the concatenation of class and patch tokens.
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=self.devices)
 
     @property
     def batch(self) -> NamedSharding:
