@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='dino', teacher_temp=0.07, warmup_teacher_temp=0.04, teacher_temp_warmup='30ep', student_temp=0.1,

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = dict(path=config_dict.placeholder(str), source='aux/teacher/encoder')
     config.log_every = 100
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='classify', frozen=True, pooling='last4', criterion='ce', batch_norm=False, head_std=0.01,

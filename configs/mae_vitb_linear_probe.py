@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='classify', frozen=True, pooling='cls', criterion='ce', batch_norm=True, head_std=0.01,

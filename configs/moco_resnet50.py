@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='moco', dim=128, queue_size=65536, momentum=0.999, temperature=0.2, mlp=True, bn_groups=8,

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='mocov3', projector=(4096, 4096, 256), predictor=(4096,), freeze_patch_embed=True, momentum=0.99,

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='simmim', mask_unit=32, mask_ratio=0.6,

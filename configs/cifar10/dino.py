@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 50
+    config.watchdog = '10min'
 
     # An average over shorter time than for ImageNet: an epoch has fewer than 100 steps.
     config.objective = dict(

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 50
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='classify', frozen=False, pooling='mean', criterion='ce', label_smoothing=0.1, mixup=0.8, cutmix=1.0,

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 50
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='mocov3', projector=(1024, 1024, 128), predictor=(1024,), freeze_patch_embed=True, momentum=0.99,

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 50
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='simsiam', projector=(2048, 2048), predictor=(512,), stop_gradient=True,

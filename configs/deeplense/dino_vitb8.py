@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 20
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='dino', teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_temp_warmup=0, student_temp=0.1,

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 20
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='ibot', teacher_temp=0.04, warmup_teacher_temp=0.02, teacher_patch_temp=0.07,

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 20
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='simsiam', projector=(512, 512, 2048), predictor=(), stop_gradient=True, stop_prediction=False,

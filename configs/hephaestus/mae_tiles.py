@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 20
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='mae', mask_ratio=0.6, norm_pix_loss=False,

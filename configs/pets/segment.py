@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 50
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='segment', labels=('foreground', 'background', 'boundary'), head=dict(name='linear'), criterion='ce',

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
+    config.watchdog = '10min'
 
     config.objective = dict(
         name='simmim', mask_unit=16, mask_ratio=0.5, mask_rounding='down', divide_by_hidden=True,
