@@ -388,6 +388,7 @@ def main_container(document):
 
 
 def test_request_to_stop():
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it
     layout = Layout()
     request, agreed = StopRequest(layout), jax.jit(lambda flag: flag.any())
     before = signal.getsignal(signal.SIGTERM)
@@ -399,6 +400,7 @@ def test_request_to_stop():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGTERM) == before
+    signal.signal(signal.SIGINT, former)
 
 
 def test_watchdog(capfd):
