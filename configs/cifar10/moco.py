@@ -5,8 +5,8 @@ python -m ssl_jax.main --config=configs/cifar10/moco.py
 
 Hardware: one GPU; 2 CPU cores if shortened as below.
 Time: not measured.
-Expected: not run in full. 1000 steps of a network an eighth as wide gave kNN(20) 0.382 against 0.254 with random weights,
-and a linear probe on 5,000 labels 0.394 [0.381, 0.406] against 0.283 [0.268, 0.295]:
+Expected: not run in full. 1000 steps of a network an eighth as wide gave kNN(20) 0.382 against 0.254 with random
+weights, and a linear probe on 5,000 labels 0.394 [0.381, 0.406] against 0.283 [0.268, 0.295]:
   --config.batch=128 --config.duration=1000 --config.precision=f32 --config.objective.encoder.width=8
   --config.objective.bn_groups=4 --config.objective.queue_size=1024 --config.optim.lr=0.06
   --config.evals.knn.limit=5000 --config.evals.probe.limit=5000
