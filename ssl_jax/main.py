@@ -23,7 +23,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds wit
                                           'which the others end.', lower_bound=1)
 
 
-def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
+def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     """The config and the run folder that the command line asks for."""
     path = next((a.split('=', 1)[1] for a in argv if a.startswith(('--config=', '-config='))), '').split(':')[0]
     if path and not pathlib.Path(path).is_file():
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit status: 0, 2 after one line on what the user can mend, 75 if asked to end early (and saved)."""
     app.define_help_flags()
     try:
-        config, workdir = _parse(argv)
+        config, workdir = parse(argv)
         # After the flags: whoever mistypes one does not wait for these imports.
         import jax
 

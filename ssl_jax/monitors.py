@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ssl_jax.config import Duration
 from ssl_jax.errors import UserError
 from ssl_jax.losses import normalise
+from ssl_jax.partition import first
 
 ROWS = 128   # examples that `effective_rank` looks at
 
@@ -41,7 +42,8 @@ def effective_rank(x: jax.Array) -> jax.Array:
 
     Between 1 and min(B, 128, D) (Garrido et al. 2023, arXiv:2210.02885, equation 1).
     """
-    x = x[:ROWS]
+    # Whole on every device: the compiler would spread so small a decomposition over all of them.
+    x = first(x, ROWS)
     # The smaller of the two Gram matrices; scaled, so that squaring neither overflows nor vanishes.
     x = x / jnp.maximum(jnp.abs(x).max(), 1e-30)
     x = x if len(x) <= x.shape[1] else x.T

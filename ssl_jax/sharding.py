@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ssl_jax.errors import UserError
@@ -67,7 +68,12 @@ class Layout:
             raise UserError(f'config.mesh={wanted} (data x fsdp x tensor) does not fit {count} devices: '
                             'expected a product equal to the number of devices')
         # Explicit axes, the default of make_mesh, reject the concatenation of class and patch tokens.
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=self.devices)
+        types = (AxisType.Auto,) * 3
+        try:
+            return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=self.devices)
+        except NotImplementedError:   # a torus of TPUs no product of whose sides is one of the sizes
+            split = mesh_utils.create_device_mesh(tuple(sizes), self.devices, allow_split_physical_axes=True)
+            return jax.sharding.Mesh(split, AXES, axis_types=types)
 
     @property
     def batch(self) -> NamedSharding:

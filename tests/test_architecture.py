@@ -12,13 +12,14 @@ PRODUCT = sorted(p for folder in ('ssl_jax', 'data_prep', 'configs', 'launch') f
 LEAVES = {'errors'}
 ALLOWED = {
     'errors': set(),
+    'partition': set(),
     'config': LEAVES,
     'schedules': LEAVES | {'config'},
     'losses': LEAVES,
-    'monitors': LEAVES | {'config', 'losses'},
+    'monitors': LEAVES | {'config', 'losses', 'partition'},
     'masking': LEAVES,
     'flops': LEAVES,
-    'models': LEAVES | {'config', 'losses'},
+    'models': LEAVES | {'config', 'losses', 'partition'},
     'data': LEAVES | {'config'},
     'step': LEAVES,
     'sharding': LEAVES,
@@ -26,17 +27,23 @@ ALLOWED = {
     'optim': LEAVES | {'config', 'schedules', 'sharding', 'transforms'},
     'views': LEAVES | {'config', 'data', 'step'},
     'targets': LEAVES | {'models', 'step'},
-    'objectives': LEAVES | {'config', 'losses', 'masking', 'models', 'monitors', 'schedules', 'step', 'targets'},
+    'objectives': LEAVES | {'config', 'losses', 'masking', 'models', 'monitors', 'partition', 'schedules', 'step',
+                            'targets'},
     'evals': LEAVES | {'config', 'data', 'pictures', 'sharding', 'step'},
     'pictures': LEAVES | {'data'},
     'metrics': LEAVES,
-    'checkpoint': LEAVES | {'config', 'models', 'sharding', 'step'},
+    'environment': LEAVES | {'metrics'},
+    'guards': LEAVES | {'sharding'},
+    'processes': LEAVES,
+    'checkpoint': LEAVES | {'config', 'models', 'sharding', 'step', 'weights'},
     'best': LEAVES | {'checkpoint', 'step'},
     'experiment': LEAVES | {'checkpoint', 'config', 'data', 'flops', 'monitors', 'optim', 'sharding',
                            'step'},
-    'train': LEAVES | {'best', 'checkpoint', 'config', 'experiment', 'flops', 'metrics', 'step'},
+    'train': LEAVES | {'best', 'checkpoint', 'config', 'environment', 'experiment', 'flops', 'guards', 'metrics',
+              'step'},
     'describe': LEAVES | {'config', 'data', 'experiment', 'flops', 'pictures'},
-    'main': LEAVES | {'data', 'describe', 'train'},
+    'weights': LEAVES | {'checkpoint', 'config', 'data', 'experiment', 'metrics', 'models', 'step'},
+    'main': LEAVES | {'data', 'describe', 'processes', 'train'},
 }
 TOOLS = set(ALLOWED)
 
@@ -75,8 +82,7 @@ def test_data_never_imports_jax():
 
 def test_no_torch_no_tensorflow_no_pickle():
     for path in PRODUCT:
-        # Files of torch.save are pickles: their reader admits what it names, and refuses all else.
-        banned = {'torch', 'tensorflow'} | ({'pickle'} if path.name != 'torch_blobs.py' else set())
+        banned = {'torch', 'tensorflow', 'pickle'}
         assert not {n.split('.')[0] for n in imports(path)} & banned, path
         assert not re.search(r'\bpickle\.loads?\(', path.read_text()), path
 

@@ -5,6 +5,7 @@ from flax import nnx
 
 from ssl_jax.errors import UserError
 from ssl_jax.models import layers, posemb
+from ssl_jax.partition import dot_general
 
 
 class MAEDecoder(nnx.Module):
@@ -25,11 +26,13 @@ class MAEDecoder(nnx.Module):
             raise UserError(f'decoder width={width}, depth={depth}, heads={heads}: expected positive numbers, '
                             'width a multiple of heads and of 4')
         self.width, self.grid, self.dtype, self.remat, self.unroll = width, grid, dtype, remat, unroll
-        self.embed = nnx.Linear(encoder_width, width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs)
+        self.embed = nnx.Linear(encoder_width, width, kernel_init=layers.xavier, dtype=dtype, dot_general=dot_general,
+                                rngs=rngs)
         self.mask_token = nnx.Param(layers.normal(rngs.params(), (1, 1, width)))
         self.blocks = layers.stack_blocks(depth, width, heads, round(mlp_ratio * width), dtype=dtype, rngs=rngs)
         self.norm = layers.layer_norm(width, dtype, rngs=rngs)
-        self.pred = nnx.Linear(width, values, kernel_init=layers.xavier, dtype=dtype, rngs=rngs)
+        self.pred = nnx.Linear(width, values, kernel_init=layers.xavier, dtype=dtype, dot_general=dot_general,
+                               rngs=rngs)
 
     def __call__(self, cls: jax.Array, visible: jax.Array, restore: jax.Array) -> jax.Array:
         """Predictions for every patch.

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssl_jax.models import layers
+from ssl_jax.partition import dot_general
 
 
 def torch_linear(rows: int, columns: int, *, bias: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer that starts as torch's does: kernel and bias uniform in +-1 / sqrt(rows)."""
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1, 1) * rows ** -0.5
-    return nnx.Linear(rows, columns, use_bias=bias, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
+    return nnx.Linear(rows, columns, use_bias=bias, kernel_init=init, bias_init=init, dtype=dtype,
+                      dot_general=dot_general, rngs=rngs)
 
 
 class BatchNorm(nnx.Module):
@@ -77,7 +79,8 @@ class LinearHead(nnx.Module):
         self.pool = AttentivePool(width, rngs=rngs) if pool else None
         self.fc_norm = layers.layer_norm(width, jnp.float32, rngs=rngs) if layer_norm else None
         self.norm = BatchNorm(width, affine=False, epsilon=1e-6) if batch_norm else None
-        self.linear = nnx.Linear(width, classes, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+        self.linear = nnx.Linear(width, classes, kernel_init=nnx.initializers.normal(std),
+                                 dot_general=dot_general, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = self.features(x)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ssl_jax.partition import by_example, dot_general
+
 xavier = nnx.initializers.xavier_uniform()
 normal = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros
@@ -136,14 +138,15 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, patches: jax.Array) -> jax.Array:
         kernel, bias = (x[...].astype(self.dtype) for x in (self.kernel, self.bias))
-        return patches.astype(self.dtype) @ kernel.reshape(-1, len(bias)) + bias
+        patches = by_example(patches.astype(self.dtype))
+        return by_example(patches @ kernel.reshape(-1, len(bias))) + bias
 
 
 def linear(rows: int, columns: int, kernel: Callable, init: Init, *, bias: bool = True, dtype: Any,
            rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer that starts as `init` says, its kernel by `kernel`."""
     return nnx.Linear(rows, columns, use_bias=bias, kernel_init=kernel, dtype=dtype, rngs=rngs,
-                      bias_init=uniform(rows ** -0.5) if init.biased else zeros)
+                      dot_general=dot_general, bias_init=uniform(rows ** -0.5) if init.biased else zeros)
 
 
 class Attention(nnx.Module):
@@ -282,7 +285,7 @@ def run_blocks(blocks: Block, x: jax.Array, *, gains: jax.Array | None = None, k
     """
     def layer(x, block_and_noise):
         block, gains, keys = block_and_noise
-        x = block(x, gains, keys, bias)
+        x = block(by_example(x), gains, keys, bias)
         return x, (x if every else None)
 
     if remat:

@@ -9,6 +9,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.losses import normalise
 from ssl_jax.models.heads import BatchNorm
 from ssl_jax.models.layers import by_inputs, normal
+from ssl_jax.partition import by_example, dot_general
 
 
 class WeightNorm(nnx.Module):
@@ -32,7 +33,8 @@ class WeightNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Temperatures multiply the products by up to 50, so that their own rounding to 16 bits would show.
-        return jnp.matmul(x.astype(self.dtype), self.weight().astype(self.dtype), preferred_element_type=jnp.float32)
+        x, weight = by_example(x.astype(self.dtype)), self.weight().astype(self.dtype)
+        return by_example(jnp.matmul(x, weight, preferred_element_type=jnp.float32))
 
 
 class DINOHead(nnx.Module):
@@ -57,7 +59,8 @@ class DINOHead(nnx.Module):
         self.layers, self.batch_norm = layers, batch_norm
         widths = [width, *[hidden] * (layers - 1), bottleneck]
         for i in range(1, layers + 1):
-            linear = nnx.Linear(*widths[i - 1:i + 1], kernel_init=normal, dtype=dtype, rngs=rngs)
+            linear = nnx.Linear(*widths[i - 1:i + 1], kernel_init=normal, dtype=dtype, dot_general=dot_general,
+                                rngs=rngs)
             setattr(self, f'fc{i}', linear)
             if batch_norm and i < layers:
                 setattr(self, f'bn{i}', BatchNorm(hidden))

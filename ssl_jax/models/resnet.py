@@ -7,6 +7,7 @@ from flax import nnx
 
 from ssl_jax.errors import UserError
 from ssl_jax.models.heads import BatchNorm
+from ssl_jax.partition import conv_general_dilated
 
 # Blocks per stage, and whether they are bottlenecks (He et al., table 1).
 DEPTHS = {
@@ -162,7 +163,8 @@ def convolution(rows: int, columns: int, side: int, stride: int, dtype: Any, *, 
     """Without bias, normal with variance 2 / (side^2 * columns) (He et al. 2015, arXiv:1502.01852, equation 14)."""
     pad = side // 2
     return nnx.Conv(rows, columns, (side, side), strides=stride, padding=((pad, pad), (pad, pad)), use_bias=False,
-                    kernel_init=nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'), dtype=dtype, rngs=rngs)
+                    kernel_init=nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'), dtype=dtype,
+                    conv_general_dilated=conv_general_dilated, rngs=rngs)
 
 
 build = ResNet

@@ -11,6 +11,7 @@ from flax import nnx
 from ssl_jax.errors import UserError
 from ssl_jax.models.heads import torch_linear
 from ssl_jax.models.layers import layer_norm, unpatchify
+from ssl_jax.partition import by_example, conv_general_dilated, dot_general
 
 Size = tuple[int, int]
 Shape = tuple[int, int, int]
@@ -90,7 +91,7 @@ class UpsampleMap(nnx.Module):
         self.project = Conv(patches[2], width, 1, dtype, rngs=rngs)
         for i, (rows, columns) in enumerate(zip(widths, widths[1:])):
             setattr(self, f'step{i}', Conv(rows, columns, 3, dtype, rngs=rngs))
-        self.classify = nnx.Linear(widths[-1], labels, rngs=rngs)
+        self.classify = nnx.Linear(widths[-1], labels, dot_general=dot_general, rngs=rngs)
 
     def __call__(self, patches: jax.Array, layers: Sequence[jax.Array]) -> jax.Array:
         """(B, h, w, D) -> (B, H, W, labels) float32."""
@@ -139,7 +140,7 @@ class UPerNet(nnx.Module):
         for i in range(3):
             setattr(self, f'smooth{i}', conv(width, 3))
         self.fuse = conv(width * 4, 3)
-        self.classify = nnx.Linear(width, labels, rngs=rngs)
+        self.classify = nnx.Linear(width, labels, dot_general=dot_general, rngs=rngs)
 
     def __call__(self, patches: jax.Array, layers: Sequence[jax.Array]) -> jax.Array:
         """Four maps (B, h, w, D) in `layers` -> (B, H, W, labels) float32."""
@@ -166,7 +167,8 @@ class Conv(nnx.Module):
     """Convolution, LayerNorm over the channels, GELU."""
 
     def __init__(self, rows: int, columns: int, side: int, dtype: Any, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(rows, columns, (side, side), use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv = nnx.Conv(rows, columns, (side, side), use_bias=False, dtype=dtype,
+                             conv_general_dilated=conv_general_dilated, rngs=rngs)
         self.norm = layer_norm(columns, dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -181,7 +183,7 @@ class Doubling(nnx.Module):
         self.norm = layer_norm(width, dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.nn.gelu(self.norm(self.conv(x)), approximate=False)
+        return jax.nn.gelu(self.norm(by_example(self.conv(by_example(x)))), approximate=False)
 
 
 def resize(x: jax.Array, size: Size) -> jax.Array:

@@ -12,6 +12,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.losses import info_nce, normalise
 from ssl_jax.models.heads import MLPHead
 from ssl_jax.models.net import Net, ema
+from ssl_jax.partition import whole
 from ssl_jax.step import Batch, Metrics, Tree, example_keys
 
 
@@ -115,7 +116,7 @@ class MoCo:
         momentum_net = self.net.bind(average, aux.get('momentum_stats'))
         k = self.keys(momentum_net, views[1], order_key, keys=keys[1])
 
-        losses, similarity = info_nce(q, k, temperature=self.temperature, negatives=aux['queue'])
+        losses, similarity = info_nce(q, k, temperature=self.temperature, negatives=whole(aux['queue']))
         columns = (aux['pointer'] + jnp.arange(b)) % self.queue_size
         new_aux = aux | {'momentum': average, 'averaged': jnp.asarray(step, jnp.int32),
                          'queue': aux['queue'].at[:, columns].set(k.T),

@@ -12,6 +12,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.losses import info_nce, normalise
 from ssl_jax.models.heads import MLPHead
 from ssl_jax.models.net import Net, ema
+from ssl_jax.partition import whole
 from ssl_jax.step import Batch, Metrics, Tree, example_keys
 
 
@@ -108,7 +109,9 @@ class MoCoV3:
         momentum_net = self.momentum_net.bind(average, aux['momentum_stats'])
         k = [momentum_net(views[i], key=keys[2 + i]).astype(jnp.float32) for i in range(2)]
 
-        pairs = [info_nce(normalise(q[i]), normalise(k[1 - i]), temperature=self.temperature) for i in range(2)]
+        # Whole: the compiler would split one of the similarities by keys.
+        all_keys = [whole(normalise(x)) for x in k]
+        pairs = [info_nce(normalise(q[i]), all_keys[1 - i], temperature=self.temperature) for i in range(2)]
         loss = 2 * self.temperature * sum(losses.mean() for losses, _ in pairs)
         out = dict(q=q, k=k, similarity=jnp.stack([s for _, s in pairs]), loss=loss)
         return out, aux | {'momentum': average, 'averaged': jnp.asarray(step, jnp.int32),
