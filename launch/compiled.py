@@ -162,16 +162,16 @@ def changed(config: ConfigDict, batch: int, mesh: Mapping[str, int], remat: bool
 
 
 def _with_remat(spec: ConfigDict) -> Iterator[ConfigDict]:
-    """The specs in an objective's that can be told to recompute: its encoder, where that has blocks, and the others."""
-    for key, value in spec.items():
+    """The parts of an objective's spec that say whether to recompute."""
+    for value in spec.values():
         if isinstance(value, ConfigDict):
-            if 'remat' in value or key == 'decoder' and spec['name'] == 'mae':
+            if 'remat' in value:
                 yield value
             yield from _with_remat(value)
 
 
 def _remat(spec: ConfigDict) -> bool | None:
-    return next((v.remat for v in _with_remat(spec) if 'remat' in v), None)
+    return next((part.remat for part in _with_remat(spec)), None)
 
 
 def gib(size: float) -> str:

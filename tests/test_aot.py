@@ -243,7 +243,7 @@ def test_the_search_stops_at_what_fits_and_ranks_by_images_per_second():
     def step(config, slice_, devices):
         c = config
         seen.append((c.batch, c.mesh.fsdp, c.objective.encoder.remat, c.accumulate))
-        assert c.mesh.min_size == 4 and c.objective.decoder.remat == c.objective.encoder.remat
+        assert c.mesh.min_size == 4 and 'remat' not in c.objective.decoder
         fits = c.mesh.fsdp > 1 and c.objective.encoder.remat or c.accumulate == 2
         changes = dict(batch=c.batch, mesh=dict(c.mesh), remat=c.objective.encoder.remat, accumulate=c.accumulate)
         times = estimate.Estimate(0.0, 1e-3 * (2 if c.mesh.fsdp == 1 else 1), 0.0)
