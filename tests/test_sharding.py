@@ -49,3 +49,14 @@ def test_put_splits_the_batch_and_keeps_its_order():
     np.testing.assert_array_equal(x, np.arange(8))
     assert y.sharding.is_fully_replicated
     assert layout.block() == (0, 1)
+
+
+def test_a_torus_that_does_not_divide_into_the_mesh(monkeypatch):
+    def refuse(*args, **options):
+        raise NotImplementedError('no product of whole sides')
+
+    usual = Layout(data=1, fsdp=2).mesh
+    monkeypatch.setattr(jax, 'make_mesh', refuse)
+    mesh = Layout(data=1, fsdp=2).mesh
+    assert mesh.shape == usual.shape and mesh.axis_types == usual.axis_types
+    assert set(mesh.devices.flat) == set(usual.devices.flat)
