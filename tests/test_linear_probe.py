@@ -106,6 +106,7 @@ def test_bad_values_are_named(data):
     for spec, message in ((dict(weight_decay=()), r'weight_decay=\(\): expected numbers >= 0'),
                           (dict(weight_decay=(0.1, -1.0)), r'weight_decay=\(0.1, -1.0\)'), (dict(steps=0), 'steps=0'),
                           (dict(readout=('cls', 'cls+max')), 'readout'), (dict(val='vall'), "split 'vall'.*'val'"),
+                          (dict(resamples=1), 'resamples=1: expected at least 2, or 0'),
                           (dict(val='test'), "splits 'train', 'test', 'test'"),
                           (dict(resample=3), "resample is not a key.*'resamples'")):
         with pytest.raises(UserError, match=message):

@@ -164,13 +164,6 @@ def test_evaluators_are_known_without_the_config(tmp_path):
     assert run.tags == ['knn', 'seg'] and 'part/loss' in run.names and 'knn/top1' not in run.names
 
 
-def test_interval_of_one_resample_is_none(tmp_path):
-    line = {'step': 5, 'probe/f1': 0.5, 'probe/f1_low': 0.4, 'probe/f1_high': 0.4, 'probe/auroc': 1.0,
-            'probe/auroc_low': 1.0, 'probe/auroc_high': 1.0}
-    (found,) = read(make(tmp_path / 'run', [line]), 'run').latest('probe')
-    assert set(found.values) == {'f1', 'auroc', 'auroc_low', 'auroc_high'}
-
-
 def test_alarms_that_last_are_one_entry(tmp_path):
     low = lambda step, rank: training(step, alarms=1.0, **{'health/rank': rank})
     lines = [training(10), low(20, 1.5), low(30, 1.2), training(40), low(50, None)]

@@ -257,3 +257,9 @@ def test_cross_entropy_equals_scikit_learn():
 def test_one_group_has_no_interval():
     labels, p = example(n=20)
     assert not scores.bootstrap(scores.weighted(labels, p), 20, groups=np.zeros(20, int), resamples=5)
+
+
+def test_no_resamples_no_intervals():
+    labels, p = example(n=20)
+    values = scores.with_intervals(labels, p, resamples=0)
+    assert 'accuracy' in values and not [name for name in values if name.endswith(('_low', '_high'))]

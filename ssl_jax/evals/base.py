@@ -81,6 +81,11 @@ class Evaluator(abc.ABC):
             raise UserError(f'{where}: data set {self.data.root!r} has labels of shape {label.shape}, expected '
                             f'{len(self.data.classes)}, one per class')
 
+    def check_resamples(self, resamples: int) -> None:
+        """Raises UserError for a number of which no interval can be made."""
+        if resamples < 0 or resamples == 1:
+            raise UserError(f'config.evals.{self.tag}.resamples={resamples}: expected at least 2, or 0 for none')
+
 
 def random_weights(objective: Objective, state: TrainState) -> TrainState:
     """`state` with parameters and aux as a fresh run of seed 0 has them, living where the trained ones do."""

@@ -28,7 +28,7 @@ class Classification(Evaluator):
       split: the examples to classify.
       threshold_split: another split, where thresholds are chosen: of `positive`, or of each label.
       positive: class name or index; see `scores.positive_class`.
-      resamples, seed: of the bootstrap.
+      resamples, seed: of the bootstrap; resamples=0 for no intervals.
     """
     baseline: bool = False
     split: str = 'test'
@@ -39,6 +39,7 @@ class Classification(Evaluator):
 
     def __post_init__(self):
         self.check_labels(self.split, *([self.threshold_split] if self.threshold_split else []), multilabel=True)
+        self.check_resamples(self.resamples)
         positive = self.scored_class(self.positive)
         if self.threshold_split and positive is None and not self.multilabel:
             raise UserError(f'config.evals.{self.tag}.threshold_split={self.threshold_split!r}: with '

@@ -43,7 +43,7 @@ class LinearProbe(Evaluator):
       train, val, test: splits. Where val=None, 'val' if there is one, else a fifth of the train split, stratified and
         by whole groups.
       positive: class name or index; see `scores.positive_class`.
-      resamples: of the bootstrap.
+      resamples: of the bootstrap; 0 for no intervals.
       seed: of the bootstrap and the part of the train split that becomes the validation split.
       limit: use only so many examples of each split, evenly spaced.
     """
@@ -61,12 +61,12 @@ class LinearProbe(Evaluator):
     def __post_init__(self):
         where = f'config.evals.{self.tag}'
         self.check_labels(self.train, self.test, *([self.val] if self.val else []), multilabel=True)
+        self.check_resamples(self.resamples)
         self.scored_class(self.positive)
         for name, values, valid, expected in (
                 ('weight_decay', self.weight_decay, lambda x: x >= 0, 'numbers >= 0'),
                 ('readout', self.readout, bool, 'at least one'),
-                ('steps', (self.steps,), lambda x: x > 0, 'at least 1'),
-                ('resamples', (self.resamples,), lambda x: x > 0, 'at least 1')):
+                ('steps', (self.steps,), lambda x: x > 0, 'at least 1')):
             if not values or not all(map(valid, values)):
                 raise UserError(f'{where}.{name}={getattr(self, name)!r}: expected {expected}')
 

@@ -179,6 +179,7 @@ def bootstrap(statistic: Callable[[np.ndarray], Mapping[str, float]], n: int, *,
       statistic: values by name from example weights (n,): how often the resample holds each example.
       n: number of examples.
       groups: (n,) ints; examples of one group (frame, volcano) are drawn together, since they are not independent.
+      resamples: 0 for no intervals.
       level: of confidence.
     Returns:
       name -> (low, high), over the resamples in which the value is defined. Nothing for a single example or group.
@@ -186,7 +187,7 @@ def bootstrap(statistic: Callable[[np.ndarray], Mapping[str, float]], n: int, *,
     from scipy import stats
     _, group = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
     count = group.max() + 1
-    if count < 2:
+    if count < 2 or not resamples:
         return {}
     rng = np.random.default_rng(seed)
     draws = [statistic(np.bincount(rng.integers(count, size=count), minlength=count)[group].astype(np.float64))

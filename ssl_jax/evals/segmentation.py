@@ -44,7 +44,7 @@ class Segmentation(Evaluator):
       tolerance: of the boundary scores, in pixels.
       count: number of examples in the picture, always the same ones.
       limit: only so many examples, evenly spaced over the split; None for all.
-      resamples, seed: of the bootstrap.
+      resamples, seed: of the bootstrap; resamples=0 for no intervals.
     """
     split: str = 'test'
     positive: str | int | None = None
@@ -58,6 +58,7 @@ class Segmentation(Evaluator):
     def __post_init__(self):
         where = f'config.evals.{self.tag}'
         self.data.manifest.split(self.split)
+        self.check_resamples(self.resamples)
         if 'label_map' not in self.data.manifest.fields:
             raise UserError(f"{where}: data set {self.data.root!r} has no 'label_map', expected one of labels by pixel")
         if self.overlap is not None and not 0 <= self.overlap < 1:

@@ -50,7 +50,7 @@ def overview(runs: Sequence[Run]) -> Html:
 def _encoder(spec: Any) -> str:
     if not isinstance(spec, Mapping):
         return NOTHING if spec is None else str(spec)
-    rest = [f'{k} {spec[k]}' for k in ('variant', 'depth', 'width', 'patch') if k in spec]
+    rest = [f'{k} {spec[k]}' for k in ('size', 'depth', 'width', 'patch') if spec.get(k) is not None]
     return ' '.join([str(spec['name']) if 'name' in spec else '', *rest]).strip()
 
 

@@ -134,10 +134,8 @@ class Run:
 
 
 def _of_tag(line: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """What stands in a line under a heading; without the ends of what is no interval, as of a single resample."""
-    found = {n.removeprefix(head): v for n, v in line.items() if n.startswith(head)}
-    points = [n for n, v in found.items() if v is not None and v != found.get(f'{n}_low', v) == found.get(f'{n}_high')]
-    return {n: v for n, v in found.items() if n.removesuffix('_low').removesuffix('_high') not in points or n in points}
+    """What stands in a line under a heading."""
+    return {n.removeprefix(head): v for n, v in line.items() if n.startswith(head)}
 
 
 def _with_baseline(values: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
