@@ -7,7 +7,7 @@ python -m ssl_jax.tools.sweep --config=configs/cifar10/label_sweep.py --workdir=
 Arguments, after a colon: counts=100+300, seeds=3, root=DIR, tiny (small networks and a few steps).
 Hardware: one GPU, or -n of them; 2 CPU cores for tiny networks.
 Time: not measured in full.
-Expected: not run in full.
+Expected: not run in full; a shortened one is in BENCHMARKS.md.
 """
 import pathlib
 
