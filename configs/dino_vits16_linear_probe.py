@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     config.init_from = dict(path=config_dict.placeholder(str), source='aux/teacher/encoder')
     config.log_every = 100
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     config.objective = dict(
         name='classify', frozen=True, pooling='last4', criterion='ce', batch_norm=False, head_std=0.01,

@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     config.objective = dict(
         name='mocov3', projector=(4096, 4096, 256), predictor=(4096,), freeze_patch_embed=True, momentum=0.99,

@@ -26,6 +26,9 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     config.objective = dict(
         name='classify', frozen=False, pooling='mean', criterion='ce', label_smoothing=0.1, mixup=0.8, cutmix=1.0,

@@ -1,7 +1,7 @@
 """The best state of a run by one metric of an evaluator, kept beside its checkpoints."""
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.errors import UserError, nearest
@@ -24,7 +24,7 @@ class Best:
         self.metric, self.checkpoints = metric, Checkpoints(workdir, keep=1, position=position, folder='best')
         self.tag, _, name = metric.partition('/')
         self._sign = -1 if name.rpartition('/')[2] in MINIMISED else 1
-        self.step = self.checkpoints.latest()
+        self.step = self.checkpoints.recover(required=False)
         self.value = None if self.step is None else self.checkpoints.values()['value']
 
     def offer(self, step: int, state: TrainState, results: Mapping[str, float]) -> None:
@@ -46,7 +46,7 @@ class Best:
             self.step, self.value = step, value
             self.checkpoints.save(step, state, value=value)
 
-    def restore(self, abstract: TrainState) -> TrainState:
+    def restore(self, abstract: TrainState, resume: Literal['same', 'any'] = 'same') -> TrainState:
         """The best state; see `Checkpoints.restore`.
 
         Raises:
@@ -56,7 +56,7 @@ class Best:
             raise UserError(f'config.checkpoint.best={self.metric!r}: {self.checkpoints.folder} holds no state, as the '
                             'metric never was a finite number')
         self.checkpoints.wait()
-        return self.checkpoints.restore(abstract)
+        return self.checkpoints.restore(abstract, resume=resume)
 
     def close(self) -> None:
         self.checkpoints.close()

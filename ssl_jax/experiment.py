@@ -17,8 +17,9 @@ from ssl_jax.data.source import Channel
 from ssl_jax.errors import UserError
 from ssl_jax.monitors import Health
 from ssl_jax.optim import Optim
+from ssl_jax.profiling import Profile
 from ssl_jax.sharding import Layout
-from ssl_jax.step import TrainState, make_train_step
+from ssl_jax.step import TrainState, count_damaged, make_train_step, skip_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,17 @@ class Experiment:
       duration: of the run: '800ep', '5000'.
       precision: of the forward and backward pass; parameters, moments and losses are float32 in both.
       accumulate: parts that a batch goes through in, one after another, before the update.
-      init_from: a run, checkpoint or file of weights whose encoder this run starts from; see `checkpoint.graft`.
+      init_from: a run, checkpoint or file of weights whose encoder this run starts from; see `graft.graft`.
       evals: evaluator specs by tag.
       health: when a collapse raises an alarm, and whether it ends the run; see `monitors.Health`.
       log_every: steps between lines of the metrics log.
       watchdog: a step that takes longer has the stacks of all threads printed; None: never. See `guards.Watchdog`.
+      on_nonfinite: at a loss or gradient that is not finite, whose batch is stored in any case: 'stop' ends the run,
+        'skip' leaves the state as it was, 'rollback' goes back to the newest checkpoint and on behind that batch; see
+        `failures.Failures`.
+      resume: 'same' refuses a checkpoint of another config or data set than this one, 'any' goes on from it; see
+        `origin`.
+      profile: steps of which a trace is written, with a summary; see `profiling.Profile`.
       wandb: arguments of `wandb.init`; None logs to files only.
     """
     objective: Mapping[str, Any]
@@ -53,6 +60,9 @@ class Experiment:
     health: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     log_every: int = 50
     watchdog: str | None = '10min'
+    on_nonfinite: Literal['stop', 'skip', 'rollback'] = 'stop'
+    resume: Literal['same', 'any'] = 'same'
+    profile: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     wandb: Mapping[str, Any] | None = None
 
 
@@ -70,6 +80,7 @@ class Run:
     evals: Mapping[str, Any]
     checkpoint: Checkpoint
     health: Health
+    profile: Profile
     state: TrainState          # shapes with their shardings
     batch: Mapping[str, Any]   # shapes of a host batch, all processes together
     steps_per_epoch: int
@@ -99,6 +110,10 @@ class Run:
         flags: (devices,) bool, see `guards.StopRequest`.
         """
         step = make_train_step(self.objective, self.view, self.tx, accumulate=self.experiment.accumulate)
+        if self.experiment.on_nonfinite == 'skip':
+            step = skip_nonfinite(step)
+        if self.data.on_error == 'skip':
+            step = count_damaged(step)
         return jax.jit(lambda state, batch, flags: (*step(state, batch, jax.random.key(self.experiment.seed)),
                                                     flags.any()),
                        donate_argnums=0, out_shardings=(self.shardings, None, self.layout.replicated))
@@ -131,6 +146,7 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True,
     optim = configs.bind(Optim, experiment.optim, where='optim')()
     checkpoint = configs.bind(Checkpoint, experiment.checkpoint, where='checkpoint')()
     health = configs.bind(Health, experiment.health, where='health')()
+    profile = configs.bind(Profile, experiment.profile, where='profile')()
 
     data = configs.bind(Data, experiment.data, where='data')()
     data = data if need_data else data.or_planned()
@@ -160,7 +176,7 @@ def assemble(config: Mapping[str, Any], workdir: str, *, need_data: bool = True,
     flops_per_step = flops.count(grad, state.params, state.aux, jax.eval_shape(view.train, batch, key), key)
 
     run = Run(experiment=experiment, layout=layout, data=data, view=view, objective=objective, optim=optim, tx=tx,
-              schedules=schedules, evals=evals, checkpoint=checkpoint, health=health, state=state,
+              schedules=schedules, evals=evals, checkpoint=checkpoint, health=health, profile=profile, state=state,
               batch=batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps, flops_per_step=flops_per_step)
     run.every(run.checkpoint.every, 'checkpoint.every')
     run.every(run.health.after, 'health.after')

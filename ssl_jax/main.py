@@ -23,8 +23,8 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds wit
                                           'which the others end.', lower_bound=1)
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """The config and the run folder that the command line asks for."""
+def parse(argv: list[str], *, required: bool = True) -> tuple[ConfigDict | None, str | None]:
+    """The config and the run folder that the command line asks for; None without --config unless it is `required`."""
     path = next((a.split('=', 1)[1] for a in argv if a.startswith(('--config=', '-config='))), '').split(':')[0]
     if path and not pathlib.Path(path).is_file():
         raise UserError(f'--config={path}: no such file; the experiments are in configs/')
@@ -38,10 +38,24 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag: expected --name=value')
     if _CONFIG.value is None:
+        if not required:
+            return None, _WORKDIR.value
         raise UserError('--config is missing: expected a file such as configs/quickstart.py')
     if not isinstance(_CONFIG.value, ConfigDict):
         raise UserError(f'--config={path}: get_config() does not return a ConfigDict')
     return _CONFIG.value, _WORKDIR.value or str(pathlib.Path('runs', pathlib.Path(path).stem))
+
+
+def start() -> None:
+    """Joins the other processes, as the flags say, and keeps compiled programs for the next run."""
+    import jax
+
+    from ssl_jax.data.embedded import cache_folder
+    logging.set_verbosity(logging.WARNING)
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
+    processes.start(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value,
+                    start_timeout=_START_TIMEOUT.value, heartbeat_timeout=_HEARTBEAT_TIMEOUT.value)
 
 
 def main(argv: list[str]) -> int:
@@ -50,17 +64,10 @@ def main(argv: list[str]) -> int:
     try:
         config, workdir = parse(argv)
         # After the flags: whoever mistypes one does not wait for these imports.
-        import jax
-
-        from ssl_jax.data.embedded import cache_folder
         from ssl_jax.describe import describe
         from ssl_jax.train import train
 
-        logging.set_verbosity(logging.WARNING)
-        if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-            jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
-        processes.start(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value,
-                        start_timeout=_START_TIMEOUT.value, heartbeat_timeout=_HEARTBEAT_TIMEOUT.value)
+        start()
         if _DRY_RUN.value:
             describe(config, workdir)
         else:

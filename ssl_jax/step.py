@@ -10,6 +10,7 @@ import optax
 Tree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, jax.Array]
+TrainStep = Callable[['TrainState', Batch, jax.Array], tuple['TrainState', Metrics]]
 
 
 @flax.struct.dataclass
@@ -68,7 +69,7 @@ def example_keys(key: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def make_train_step(objective: Objective, view: View, tx: optax.GradientTransformation, *,
-                    accumulate: int = 1) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+                    accumulate: int = 1) -> TrainStep:
     """One optimiser update as a pure function of (state, host batch, run key); jit it.
 
     Args:
@@ -79,7 +80,9 @@ def make_train_step(objective: Objective, view: View, tx: optax.GradientTransfor
 
     def gradients(params, aux, batch, step, key):
         view_key, loss_key = jax.random.split(key)
-        (_, (aux, metrics)), grads = grad_fn(params, aux, view.train(batch, view_key), step=step, key=loss_key)
+        with jax.named_scope('views'):
+            viewed = view.train(batch, view_key)
+        (_, (aux, metrics)), grads = grad_fn(params, aux, viewed, step=step, key=loss_key)
         return aux, dict(metrics), grads
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -98,10 +101,45 @@ def make_train_step(objective: Objective, view: View, tx: optax.GradientTransfor
             (aux, grads), metrics = jax.lax.scan(part, (state.aux, jax.tree.map(jnp.zeros_like, state.params)), parts)
             grads = jax.tree.map(lambda g: g / accumulate, grads)
             metrics = jax.tree.map(lambda m: m.mean(0), metrics)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        aux = objective.update_aux(params, aux, step=state.step)
+        with jax.named_scope('optimiser'):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        with jax.named_scope('update_aux'):
+            aux = objective.update_aux(params, aux, step=state.step)
         metrics |= {'grad_norm': optax.tree.norm(grads), 'param_norm': optax.tree.norm(params)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, aux=aux), metrics
 
     return train_step
+
+
+def skip_nonfinite(train_step: TrainStep) -> TrainStep:
+    """`train_step` that changes nothing but the step's number where loss or gradient is not finite.
+
+    The new metric 'skipped' is 1 there, else 0. The learning rate follows the number of the step, skipped or not.
+    """
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        after, metrics = train_step(state, batch, key)
+        finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, at_step(state, after.step))
+        return state, dict(metrics) | {'skipped': 1 - finite.astype(jnp.float32)}
+
+    return step
+
+
+def count_damaged(train_step: TrainStep) -> TrainStep:
+    """`train_step` of batches with 'damaged' (B,) bool, whose sum is a new metric."""
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        batch = dict(batch)
+        damaged = batch.pop('damaged').sum(dtype=jnp.float32)
+        state, metrics = train_step(state, batch, key)
+        return state, dict(metrics) | {'damaged': damaged}
+
+    return step
+
+
+def at_step(state: TrainState, step: jax.Array) -> TrainState:
+    """`state` with another step: that of the schedules, too, but not the number of Adam's updates."""
+    scheduled = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    opt_state = jax.tree.map(lambda x: optax.ScaleByScheduleState(step) if scheduled(x) else x, state.opt_state,
+                             is_leaf=scheduled)
+    return state.replace(step=step, opt_state=opt_state)

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.checkpoint import Checkpoints, flatten, graft
+from ssl_jax.checkpoint import Checkpoints, flatten
 from ssl_jax.errors import UserError
+from ssl_jax.graft import graft
 from ssl_jax.models import posemb
 from ssl_jax.step import TrainState
 

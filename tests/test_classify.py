@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ssl_jax import losses
-from ssl_jax.checkpoint import Checkpoints, graft
+from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.errors import UserError
+from ssl_jax.graft import graft
 from ssl_jax.objectives.classify import Classify
 from ssl_jax.objectives.mixing import mix
 from ssl_jax.optim import layer_scales

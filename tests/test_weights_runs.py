@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from ssl_jax import config
-from ssl_jax.checkpoint import flatten, graft
+from ssl_jax.checkpoint import flatten
 from ssl_jax.errors import UserError
+from ssl_jax.graft import graft
 from ssl_jax.models.layers import MLP
 from ssl_jax.models.net import Net
 from ssl_jax.step import TrainState

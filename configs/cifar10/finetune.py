@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.log_every = 50
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     config.objective = dict(
         name='classify', frozen=False, pooling='mean', criterion='ce', label_smoothing=0.1, mixup=0.8, cutmix=1.0,
@@ -38,7 +41,7 @@ def get_config() -> ConfigDict:
         warmup='5%')
 
     config.evals = dict(
-        val=dict(name='classification', every='10%', split='val', resamples=1),
+        val=dict(name='classification', every='10%', split='val', resamples=0),
         test=dict(name='classification', split='test'))
     config.checkpoint = dict(every='10%', keep=1, best='val/accuracy')
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

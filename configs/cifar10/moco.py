@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.log_every = 50
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     # Shorter memory than for ImageNet: an epoch has fewer than 100 steps.
     config.objective = dict(

@@ -26,6 +26,9 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.log_every = 20
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     config.objective = dict(
         name='dino', teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_temp_warmup=0, student_temp=0.1,

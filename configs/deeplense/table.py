@@ -76,7 +76,7 @@ def finetune(encoder: dict, root: str, *, width: int, count: int | str, weight_d
              probe: bool) -> dict:
     """The encoder and a linear head trained on so many labels; with `probe`, a linear probe of random weights too."""
     score = dict(name='classification', positive='lens')
-    evals = dict(val=score | dict(split='val', every='1ep', resamples=1),
+    evals = dict(val=score | dict(split='val', every='1ep', resamples=0),
                  test=score | dict(split='test', resamples=1000))
     if probe:
         evals['probe'] = dict(name='linear_probe', positive='lens', resamples=1000)

@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.log_every = 20
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     config.objective = dict(
         name='mae', mask_ratio=0.75, norm_pix_loss=False,

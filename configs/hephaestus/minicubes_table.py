@@ -85,7 +85,7 @@ def classify(pretrain: dict, root: str, *, focal: bool) -> dict:
                        encoder=pretrain['objective']['encoder'] | dict(drop_path=0.1)),
         data=pretrain['data'] | dict(root=root, balance='positive', planned=pretrain['data']['planned'] | dict(
             records=2286)),
-        evals=dict(val=score | dict(split='val', every='2ep', resamples=1),
+        evals=dict(val=score | dict(split='val', every='2ep', resamples=0),
                    test=score | dict(split='test', threshold_split='val', resamples=1000)),
         checkpoint=dict(every='10%', keep=1, best='val/auprc'),
         mesh=pretrain['mesh'], health=pretrain['health'])

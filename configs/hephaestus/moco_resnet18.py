@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.log_every = 100
     config.watchdog = '10min'
+    config.on_nonfinite = 'stop'
+    config.resume = 'same'
+    config.profile = dict(start=config_dict.placeholder(int), steps=5)
 
     config.objective = dict(
         name='moco', dim=128, queue_size=65536, momentum=0.999, temperature=0.07, mlp=True, bn_groups=1,

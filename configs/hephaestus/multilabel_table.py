@@ -56,7 +56,7 @@ def classify(pretrain: dict, data: dict, *, frozen: bool) -> dict:
         view=dict(name='single', interpolation='bilinear'),
         data=data | dict(balance='positive', fields=('image', 'label')),
         optim=dict(name='adamw', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule='constant'),
-        evals=dict(val=score | dict(split='val', every='1ep', resamples=1),
+        evals=dict(val=score | dict(split='val', every='1ep', resamples=0),
                    test=score | dict(split='test', threshold_split='val', resamples=1000)),
         checkpoint=dict(every='1ep', keep=1, best='val/auprc'),
         mesh=pretrain['mesh'], health=pretrain['health'])

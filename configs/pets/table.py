@@ -87,7 +87,7 @@ def segment(root: str, images: int, *, frozen: bool = False) -> dict:
     config['objective'] |= dict(frozen=frozen)
     score = dict(name='segmentation', baseline=False)
     return config | dict(
-        evals=dict(val=score | dict(split='val', every='2ep', resamples=1), test=score | dict(split='test')),
+        evals=dict(val=score | dict(split='val', every='2ep', resamples=0), test=score | dict(split='test')),
         checkpoint=dict(every='10ep', keep=1, best=f'val/{METRIC}'))
 
 

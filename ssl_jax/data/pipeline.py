@@ -16,11 +16,13 @@ import grain
 import numpy as np
 
 from ssl_jax.config import bind
-from ssl_jax.data import decode, embedded, records, stream, subset, tfds_source
-from ssl_jax.data.source import MANIFEST, Channel, Field, Manifest, ShardSource, Split, labels
-from ssl_jax.errors import UserError, nearest
-
-BATCHED = ('image', 'label', 'label_map')   # the field kinds that reach a batch unasked; 'valid' comes with 'image'
+from ssl_jax.data import decode, embedded, stream, subset, tfds_source
+from ssl_jax.data import fields as fields_of
+from ssl_jax.data.identity import identity
+from ssl_jax.data.load import Damage, Examples, Load, OnError
+from ssl_jax.data.planned import Planned
+from ssl_jax.data.source import MANIFEST, Channel, Manifest, ShardSource, labels
+from ssl_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Data:
       label     (b,) int32 or (b, K) float32;   label_map  (b, H, W) int32
       index     (b,) int32    row in the split
       position  (b,) uint32   place in the global sample order, modulo 2**32
-      weight    (b,) float32  evaluation only: 0 marks padding
+      weight    (b,) float32  evaluation only: 0 marks padding, and what stands in for a damaged example
+      damaged   (b,) bool     training with on_error='skip' only: stands in for a damaged example
     and those scalar fields that `fields` asks for.
 
     Args:
@@ -53,6 +56,9 @@ class Data:
       balance: an epoch of training has equally many examples of every group, as many as the smallest has: 'classes',
         or 'positive', for which all examples of class 0, or without a class where an example may have several, are one
         group, and all others the second. The other examples get their turn in later epochs.
+      on_error: at a damaged example, which is named with its shard and record: 'stop' ends the run. 'skip' has another
+        one take its place, drawn from the row of the damaged one, so that it is the same for any number of processes
+        and after a restart; evaluations leave it out. A shard that is missing or too short ends the run in any case.
     """
     root: str
     split: str = 'train'
@@ -67,6 +73,7 @@ class Data:
     subset: str | None = None
     planned: Mapping[str, Any] | None = None
     balance: Literal['classes', 'positive'] | None = None
+    on_error: OnError = 'stop'
 
     def __post_init__(self):
         least = {'threads': 0, 'workers': 0, 'prefetch': 1, 'limit': 1}
@@ -148,6 +155,7 @@ class Data:
     def abstract(self, batch: int) -> dict[str, np.ndarray]:
         """Shapes and dtypes of a global training batch, as arrays that take no memory."""
         spec = self._spec(self.fields) | {'index': ((), np.int32), 'position': ((), np.uint32)}
+        spec |= {'damaged': ((), np.bool_)} if self.on_error == 'skip' else {}
         return {k: np.broadcast_to(np.zeros((), dtype), (batch, *shape)) for k, (shape, dtype) in spec.items()}
 
     def train(self, *, seed: int, batch: int, start: int = 0, process_index: int = 0,
@@ -163,9 +171,16 @@ class Data:
         _check_batch(batch, process_count)
         if not 0 <= seed < 2 ** 32:
             raise UserError(f'seed {seed}: expected a number in [0, 2**32)')
-        load = self.load(self.split, self.fields, self.limit)
+        load = self.load(self.split, self.fields, self.limit, marked=True)
         order = self._order(seed, endless=True)
-        return stream.iterate(self._batches(order, load, batch, start, process_index, process_count))
+
+        def named(found):
+            if 'damaged' in found:
+                self._damage.name(load, found['damaged'], 'another example takes its place')
+                found['damaged'] = found['damaged'] >= 0
+            return found
+
+        return stream.iterate(self._batches(order, load, batch, start, process_index, process_count), named)
 
     def eval(self, split: str, *, batch: int, process_index: int = 0, process_count: int = 1,
              fields: Sequence[str] | None = None, limit: int | None = None) -> stream.Batches:
@@ -183,10 +198,10 @@ class Data:
           UserError: as `train`.
         """
         _check_batch(batch, process_count)
-        load = self.load(split, self.fields if fields is None else fields, limit, weighted=True)
+        load = self.load(split, self.fields if fields is None else fields, limit, weighted=True, marked=True)
         steps = -(-load.count // batch)
         order = stream.sample_order(steps * batch)
-        return stream.Batches(self._batches(order, load, batch, 0, process_index, process_count), steps)
+        return self._evaluated(load, self._batches(order, load, batch, 0, process_index, process_count), steps)
 
     def rows(self, split: str, rows: Sequence[int], *, batch: int,
              fields: Sequence[str] | None = None) -> stream.Batches:
@@ -198,9 +213,9 @@ class Data:
         """
         if batch < 1 or len(rows) % batch:
             raise ValueError(f'{len(rows)} rows are no multiple of {batch}')
-        load = self.load(split, self.fields if fields is None else fields, weighted=True)
+        load = self.load(split, self.fields if fields is None else fields, weighted=True, marked=True)
         order = grain.MapDataset.source([int(row) for row in rows])
-        return stream.Batches(self._batches(order, load, batch, 0, 0, 1), len(rows) // batch)
+        return self._evaluated(load, self._batches(order, load, batch, 0, 0, 1), len(rows) // batch)
 
     def labels(self, split: str) -> np.ndarray:
         """The labels of a split in the order of its examples: (n,) int32 class indices, or (n, K) float32.
@@ -229,12 +244,22 @@ class Data:
         return Examples(ShardSource(self.folder, split, self.manifest))
 
     def load(self, split: str, fields: Sequence[str] | None = None, limit: int | None = None,
-             weighted: bool = False) -> 'Load':
+             weighted: bool = False, marked: bool = False) -> Load:
         """The map from places in the sample order to host examples; see `train` and `eval`."""
         return Load(source=self.source(split), name=f'{self.root}, split {split!r}', spec=self._spec(fields),
                     canvas=self.image_size, fit=self.fit, manifest=self.manifest, weighted=weighted,
                     rows=self._subset if split == self.split else None,
-                    total=self._count(split, None), count=self._count(split, limit))
+                    total=self._count(split, None), count=self._count(split, limit), on_error=self.on_error,
+                    marked=marked)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells its training data from other data, wherever they lie."""
+        return identity(self.manifest, self.split, rows=self._subset, shards=self._kind != 'embedded')
+
+    @functools.cached_property
+    def _damage(self) -> Damage:
+        return Damage()
 
     @functools.cached_property
     def _subset(self) -> np.ndarray | None:
@@ -254,17 +279,8 @@ class Data:
     @functools.cached_property
     def _groups(self) -> np.ndarray:
         """The group of every place, to be balanced."""
-        found, where = self._labels, f'config.data.balance={self.balance!r}'
-        if self.balance == 'positive':
-            groups, names = (found.reshape(len(found), -1) > 0).any(1).astype(int), ('negative', 'positive')
-        elif found.ndim > 1:
-            raise UserError(f"{where}: examples of {self.root} may have several classes, expected 'positive'")
-        else:
-            groups, names = found, self.manifest.classes
-        missing = np.flatnonzero(np.bincount(groups, minlength=len(names)) == 0)
-        if len(missing):
-            raise UserError(f'{where}: {names[missing[0]]!r} has no example in split {self.split!r} of {self.root}')
-        return groups
+        return stream.groups(self._labels, self.balance, self.manifest.classes,
+                             data=f'split {self.split!r} of {self.root}')
 
     @property
     def _labels(self) -> np.ndarray:
@@ -293,53 +309,21 @@ class Data:
             count = len(self._subset)
         return count if limit is None else min(count, limit)
 
-    def _spec(self, fields: Sequence[str] | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def _spec(self, fields: Sequence[str] | None) -> fields_of.Spec:
         """Shape and dtype of the wanted fields of one example."""
-        known, size = self.manifest.fields, self.image_size
-        if fields is None:
-            fields = [k for k, f in known.items() if f.kind in BATCHED]
-        spec = {}
-        for name in fields:
-            if name not in known:
-                raise UserError(f'field {name!r} is not in {self.root}{nearest(name, known)}')
-            field = known[name]
-            if field.kind == 'image':
-                spec[name] = (*size, field.shape[2]), np.dtype(field.dtype)
-                if 'valid' in known or self._pads:
-                    spec['valid'] = (*size, known['valid'].shape[2] if 'valid' in known else 1), np.dtype(bool)
-            elif field.kind == 'label_map':
-                spec[name] = size, np.dtype(np.int32)
-            elif field.kind in ('text', 'valid') or None in field.shape:
-                raise UserError(f'field {name!r} of {self.root} ({field.kind}, shape {field.shape}) cannot be batched')
-            elif field.kind == 'label':
-                spec[name] = field.shape, np.dtype('int32' if np.dtype(field.dtype).kind in 'iu' else 'float32')
-            else:
-                spec[name] = field.shape, np.dtype(field.dtype)
-        return spec
+        return fields_of.batched(self.manifest, fields, root=self.root, canvas=self.image_size, fit=self.fit)
 
-    @property
-    def _pads(self) -> bool:
-        """Whether `valid` must be there to mark padding: for all examples, so that batches have one structure."""
-        size = self.manifest.image_size
-        if size is None:
-            return self.fit != 'cover'
-        return decode.needs_padding(size, self.image_size, self.fit)
+    def _evaluated(self, load: Load, batches: grain.IterDataset, steps: int) -> stream.Batches:
+        def named(found):
+            if 'damaged' in found:
+                self._damage.name(load, found.pop('damaged'), 'it is left out')
+            return found
 
-    def _batches(self, order, load: 'Load', batch: int, start: int, process_index: int, process_count: int):
+        return stream.Batches(batches, steps, named)
+
+    def _batches(self, order, load: Load, batch: int, start: int, process_index: int, process_count: int):
         return stream.batches(order, load, batch=batch, start=start, block=process_index, blocks=process_count,
                               threads=self.threads, workers=self.workers, prefetch=self.prefetch)
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """What a data set will hold. Its channels count as linear, from 1 to 255, but for `phases`: in [-pi, pi]."""
-    records: int
-    image_size: tuple[int, int]
-    channels: tuple[str, ...]
-    classes: int = 0
-    dtype: str = 'uint8'
-    phases: tuple[str, ...] = ()
-    label_map: bool = False
-    multilabel: bool = False
 
 
 class PlannedData(Data):
@@ -354,106 +338,9 @@ class PlannedData(Data):
 
     @property
     def manifest(self) -> Manifest:
-        planned = bind(Planned, self.planned, where='data.planned')()
-        fields = {'image': Field('image', planned.dtype, (*planned.image_size, len(planned.channels)), 'raw')}
-        if planned.classes:
-            several = planned.multilabel
-            fields['label'] = Field('label', *(('float32', (planned.classes,)) if several else ('int32', ())), 'raw')
-        if planned.label_map:
-            fields['label_map'] = Field('label_map', 'uint8', planned.image_size, 'raw')
-        for name in planned.phases:
-            if name not in planned.channels:
-                raise UserError(f'config.data.planned.phases: {name!r} is no channel{nearest(name, planned.channels)}')
-        linear = Channel('', 'linear', mean=127.5, std=64.0, period=None, unit='', minimum=1.0, maximum=255.0,
-                         percentiles={}, valid_fraction=1.0)
-        phase = dataclasses.replace(linear, kind='phase', mean=0.0, std=1.8, period=2 * np.pi, minimum=-np.pi,
-                                    maximum=np.pi)
-        channels = tuple(dataclasses.replace(phase if name in planned.phases else linear, name=name)
-                         for name in planned.channels)
-        split = Split(records=planned.records, class_counts=(), groups=0, shards=())
-        return Manifest(name=self.root, fields=fields, channels=channels, source={}, splits={self.split: split},
-                        classes=tuple(f'class {i}' for i in range(planned.classes)))
+        return bind(Planned, self.planned, where='data.planned')().manifest(self.root, self.split)
 
 
 def _check_batch(batch: int, process_count: int) -> None:
     if batch < 1 or batch % process_count:
         raise UserError(f'batch {batch}: expected a multiple of {process_count} processes')
-
-
-class Examples:
-    """The examples of a converted split, as their converter wrote them."""
-
-    def __init__(self, source: ShardSource):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return records.decode(self.source[index])
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """(position, place in the epoch) -> one host example: read, decode, brought to the canvas. Runs in workers."""
-    source: Sequence[Mapping[str, Any]]
-    name: str
-    spec: Mapping[str, tuple[tuple[int, ...], np.dtype]]
-    canvas: tuple[int, int]
-    fit: decode.Fit
-    manifest: Manifest
-    weighted: bool
-    total: int      # records of the split, or of its subset
-    count: int      # of which are used
-    rows: np.ndarray | None = None      # of the subset
-
-    def __call__(self, element: tuple[int, int]) -> dict[str, np.ndarray]:
-        position, place = element
-        row = min(place, self.count - 1) * self.total // self.count
-        row = row if self.rows is None else int(self.rows[row])
-        stored: Mapping[str, Any] = {}
-        try:
-            stored = self.source[row]
-            example = self.decode(stored)
-        except ValueError as error:
-            raise UserError(f"{self.name}: example {stored.get('key', row)} is damaged: {error}") from error
-        example |= {'index': np.int32(row), 'position': np.uint32(position % 2 ** 32)}
-        if self.weighted:
-            example['weight'] = np.float32(place < self.count)
-        return example
-
-    def decode(self, stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The wanted fields of an example as stored.
-
-        Raises:
-          ValueError: it cannot be decoded, or is not what the manifest says.
-        """
-        wanted = {k: v for k, v in stored.items() if k in self.spec}
-        if not self.spec.keys().isdisjoint(('image', 'label_map')):
-            wanted |= self._pixels(stored)
-        example = {}
-        for name, (shape, dtype) in self.spec.items():
-            x = np.asarray(wanted[name])
-            if x.dtype != dtype and self.manifest.fields[name].kind in ('label', 'label_map'):
-                x = x.astype(dtype)
-            if x.shape != shape or x.dtype != dtype:
-                raise ValueError(f'{name} is {x.dtype} {x.shape}, expected {dtype} {shape}')
-            example[name] = x
-        return example
-
-    def _pixels(self, stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        fields = self.manifest.fields
-        image, valid, label_map = (stored.get(k) for k in ('image', 'valid', 'label_map'))
-        if isinstance(image, bytes):
-            image = decode.decode_image(image, fields['image'].shape[2])
-        if isinstance(label_map, bytes):
-            label_map = decode.decode_label_map(label_map)
-        if valid is not None:
-            valid = decode.unpack_valid(valid, (*image.shape[:2], fields['valid'].shape[2]))
-        periods = [c.period for c in self.manifest.channels]
-        image, valid, label_map = decode.to_canvas(image, valid, label_map, canvas=self.canvas, fit=self.fit,
-                                                   periods=periods)
-        pixels = {'image': image, 'valid': valid, 'label_map': label_map}
-        if valid is None and 'valid' in self.spec:
-            pixels['valid'] = np.ones((*self.canvas, 1), bool)
-        return {k: v for k, v in pixels.items() if k in self.spec}

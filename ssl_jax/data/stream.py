@@ -4,13 +4,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing import connection, parent_process
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
 from absl import flags
+
+from ssl_jax.errors import UserError
 
 SMALL = 2 ** 16   # examples: grain's own shuffle takes up to milliseconds for each of a small data set
 BUFFER = 2        # batches on their way from a worker
@@ -90,6 +92,29 @@ class Balance(grain.MapDataset):
         return recent[epoch]
 
 
+def groups(labels: np.ndarray, balance: Literal['classes', 'positive'], classes: Sequence[str], *,
+           data: str) -> np.ndarray:
+    """The group of every place, to be balanced; see `pipeline.Data`.
+
+    Args:
+      labels: (n,) or (n, K).
+      data: what they are of, for messages.
+    Raises:
+      UserError: several classes per example, or one that has none.
+    """
+    where = f'config.data.balance={balance!r}'
+    if balance == 'positive':
+        found, names = (labels.reshape(len(labels), -1) > 0).any(1).astype(int), ('negative', 'positive')
+    elif labels.ndim > 1:
+        raise UserError(f"{where}: examples of {data} may have several classes, expected 'positive'")
+    else:
+        found, names = labels, classes
+    missing = np.flatnonzero(np.bincount(found, minlength=len(names)) == 0)
+    if len(missing):
+        raise UserError(f'{where}: {names[missing[0]]!r} has no example in {data}')
+    return found
+
+
 @functools.lru_cache(4)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
@@ -136,11 +161,17 @@ def batches(order: grain.MapDataset, load: Callable[[tuple[int, Any]], Batch], *
     return dataset
 
 
-def iterate(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
-    """Iterates, and ends threads and workers with the generator: by close(), at its end or with its last reference."""
+def iterate(dataset: grain.IterDataset, each: Callable[[Batch], Batch] | None = None) -> Generator[Batch, None, None]:
+    """Iterates, and ends threads and workers with the generator: by close(), at its end or with its last reference.
+
+    Args:
+      each: what every batch goes through, in the caller's thread.
+    """
     iterator = iter(dataset)
     try:
-        yield from iterator
+        yield from iterator if each is None else map(each, iterator)
+    except UserError as error:   # grain adds lines to the message
+        raise UserError(str(error).partition('\n')[0]) from error
     finally:
         iterator.close()
 
@@ -148,14 +179,14 @@ def iterate(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
 class Batches:
     """The batches of an evaluation: sized, and fresh on every iteration."""
 
-    def __init__(self, dataset: grain.IterDataset, length: int):
-        self.dataset, self.length = dataset, length
+    def __init__(self, dataset: grain.IterDataset, length: int, each: Callable[[Batch], Batch] | None = None):
+        self.dataset, self.length, self.each = dataset, length, each
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        return iterate(self.dataset)
+        return iterate(self.dataset, self.each)
 
 
 def _start_worker(index: int, count: int) -> None:

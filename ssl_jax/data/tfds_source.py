@@ -47,6 +47,10 @@ class Examples:
         name = stored['file_name'].decode() if self._has_name else index
         return example | {'key': f'{self.split}/{name}'}
 
+    def where(self, index: int) -> str:
+        """The record of an example, where a report names it."""
+        return f'record {index}'
+
 
 def manifest(name: str) -> Manifest:
     """What a prepared data set holds.

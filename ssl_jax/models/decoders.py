@@ -34,6 +34,7 @@ class MAEDecoder(nnx.Module):
         self.pred = nnx.Linear(width, values, kernel_init=layers.xavier, dtype=dtype, dot_general=dot_general,
                                rngs=rngs)
 
+    @jax.named_scope('decoder')
     def __call__(self, cls: jax.Array, visible: jax.Array, restore: jax.Array) -> jax.Array:
         """Predictions for every patch.
 

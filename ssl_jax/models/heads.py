@@ -143,6 +143,7 @@ class MLPHead(nnx.Module):
             if normed:
                 setattr(self, f'bn{i}', BatchNorm(columns, affine=not last, groups=groups))
 
+    @jax.named_scope('head')
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i in range(1, self.depth + 1):
             last = i == self.depth

@@ -170,6 +170,7 @@ class Attention(nnx.Module):
         self.rel_pos_table = None if offsets is None else nnx.Param(jnp.zeros((offsets, heads)))
         self.heads, self.split_bias, self.dropout = heads, qkv_bias == 'qv', dropout
 
+    @jax.named_scope('attention')
     def __call__(self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
         """x: (B, T, D). bias: see `attention`, or rows (T, T) of its own table. keys: (B,), else nothing is dropped."""
         q, k, v, bias = self.parts(x, bias)
@@ -205,6 +206,7 @@ class MLP(nnx.Module):
         self.fc1 = linear(width, hidden * (1 + gated), init.kernel, init, dtype=dtype, rngs=rngs)
         self.fc2 = linear(hidden, width, init.kernel, init, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope('mlp')
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.fc1(x)
         if self.gated:

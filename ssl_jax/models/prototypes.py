@@ -75,6 +75,7 @@ class DINOHead(nnx.Module):
                 x = jax.nn.gelu(x, approximate=False)
         return normalise(x)
 
+    @jax.named_scope('head')
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         return self.last_layer(self.project(x, train=train))
 

@@ -43,8 +43,8 @@ def load(run: str, *, data: str | None = None, checkpoint: str | None = None) ->
         folder = find(str(pathlib.Path(run, 'checkpoints', checkpoint)))
     experiment = configs.bind(Experiment, json.loads(path.read_text()), where='')()
     own = configs.bind(Data, experiment.data, where='data')()
-    # All of the data, whatever part of it the run trained on.
-    spec = dict(experiment.data, limit=None, subset=None, balance=None, planned=None)
+    # All of the data, whatever part of it the run trained on; nothing is left out, as places must keep their meaning.
+    spec = dict(experiment.data, limit=None, subset=None, balance=None, planned=None, on_error='stop')
     if data is not None:
         spec |= dict(root=data)
         own = own.or_planned() if own.exists() or own.planned else configs.bind(Data, spec, where='data')()
