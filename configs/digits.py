@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         knn=dict(name='knn', every='50%', k=(5, 20)),
         probe=dict(name='linear_probe'),
         reconstruct=dict(name='reconstruct', split='test'))
-    config.checkpoint = dict(every='20%', keep=1)
+    config.checkpoint = dict(every='20%', keep=2)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.health = dict(on_collapse='warn')
     return config

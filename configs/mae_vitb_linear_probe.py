@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
         schedule='cosine', warmup='10ep')
 
     config.evals = dict(val=dict(name='classification', every='5ep', split='val', resamples=100))
-    config.checkpoint = dict(every='5ep', keep=1, best='val/accuracy')
+    config.checkpoint = dict(every='5ep', keep=2, best='val/accuracy')
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.health = dict(on_collapse='warn')
     return config

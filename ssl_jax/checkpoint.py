@@ -29,12 +29,12 @@ class Checkpoint:
 
     Args:
       every: a checkpoint after each such stretch, and always after the last step.
-      keep: so many of the newest stay on disk.
+      keep: so many of the newest stay on disk; with 1 there is none to fall back to where it is damaged.
       best: '<tag>/<metric>' of an evaluator on another split than 'test': the state that did best by it is kept too, in
         WORKDIR/best, and what the run reports at its end is of that state.
     """
     every: Duration = '10%'
-    keep: int = 1
+    keep: int = 2
     best: str | None = None
 
 

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.evals = dict(
         val=dict(name='classification', every='10%', split='val', resamples=0),
         test=dict(name='classification', split='test'))
-    config.checkpoint = dict(every='10%', keep=1, best='val/accuracy')
+    config.checkpoint = dict(every='10%', keep=2, best='val/accuracy')
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.health = dict(on_collapse='warn')
     return config

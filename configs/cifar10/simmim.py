@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
         knn=dict(name='knn', every='25%', k=(10, 20), readout='mean', limit=10000),
         probe=dict(name='linear_probe', every='100%', limit=20000),
         reconstruct=dict(name='reconstruct', every='25%', split='test'))
-    config.checkpoint = dict(every='5%', keep=1)
+    config.checkpoint = dict(every='5%', keep=2)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.health = dict(on_collapse='warn')
     return config

@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.evals = dict(
         knn=dict(name='knn', every='5%', k=(20, 200), limit=10000),
         probe=dict(name='linear_probe', every='100%', limit=20000))
-    config.checkpoint = dict(every='5%', keep=1)
+    config.checkpoint = dict(every='5%', keep=2)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.health = dict(on_collapse='warn')
     return config

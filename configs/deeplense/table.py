@@ -90,7 +90,7 @@ def finetune(encoder: dict, root: str, *, width: int, count: int | str, weight_d
                                channels=('g', 'r', 'i'), classes=2)),
         optim=dict(name='adamw', lr=1e-4, end_lr=1e-8, betas=(0.9, 0.999), weight_decay=weight_decay, no_decay=(),
                    schedule='cosine', schedule_by='epoch'),
-        evals=evals, checkpoint=dict(every='20ep', keep=1, best='val/loss'),
+        evals=evals, checkpoint=dict(every='20ep', keep=2, best='val/loss'),
         mesh=dict(data=-1, fsdp=1, tensor=1), health=dict(on_collapse='warn'))
 
 

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         knn=dict(name='knn', every='10%', k=(20,), test='val'),
         probe=dict(name='linear_probe'),
         reconstruct=dict(name='reconstruct', every='10%', split='val'))
-    config.checkpoint = dict(every='10%', keep=1)
+    config.checkpoint = dict(every='10%', keep=2)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.health = dict(on_collapse='warn')
     return config

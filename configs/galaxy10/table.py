@@ -66,7 +66,7 @@ def classify(pretrain: dict, *, frozen: bool) -> dict:
         optim=dict(name='adamw', lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-4, no_decay=(), schedule='cosine',
                    schedule_by='epoch'),
         evals=dict(val=score | dict(split='val', resamples=0), test=score | dict(split='test', resamples=100)),
-        checkpoint=dict(every='10%', keep=1, best='val/accuracy'))
+        checkpoint=dict(every='10%', keep=2, best='val/accuracy'))
 
 
 def table(results: dict) -> Table:

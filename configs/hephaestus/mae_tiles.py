@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
     config.evals = dict(
         reconstruct=dict(name='reconstruct', every='50%', split='val', count=4))
-    config.checkpoint = dict(every='10%', keep=1)
+    config.checkpoint = dict(every='10%', keep=2)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.health = dict(on_collapse='warn')
     return config

@@ -87,7 +87,7 @@ def classify(pretrain: dict, root: str, *, focal: bool) -> dict:
             records=2286)),
         evals=dict(val=score | dict(split='val', every='2ep', resamples=0),
                    test=score | dict(split='test', threshold_split='val', resamples=1000)),
-        checkpoint=dict(every='10%', keep=1, best='val/auprc'),
+        checkpoint=dict(every='10%', keep=2, best='val/auprc'),
         mesh=pretrain['mesh'], health=pretrain['health'])
 
 

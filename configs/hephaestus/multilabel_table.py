@@ -58,7 +58,7 @@ def classify(pretrain: dict, data: dict, *, frozen: bool) -> dict:
         optim=dict(name='adamw', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule='constant'),
         evals=dict(val=score | dict(split='val', every='1ep', resamples=0),
                    test=score | dict(split='test', threshold_split='val', resamples=1000)),
-        checkpoint=dict(every='1ep', keep=1, best='val/auprc'),
+        checkpoint=dict(every='1ep', keep=2, best='val/auprc'),
         mesh=pretrain['mesh'], health=pretrain['health'])
 
 

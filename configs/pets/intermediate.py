@@ -38,7 +38,7 @@ def get_sweep(argument: str = '') -> Sweep:
         | dict(optim=recipes.adam(1e-3) | dict(weight_decay=0.01)),
         'spatial': pets | dict(objective=pets['objective'] | dict(head=dict(name='patch')), optim=recipes.adam(5e-4),
                                evals=dict(test=dict(name='segmentation', baseline=False)),
-                               checkpoint=dict(every='10%', keep=1)),
+                               checkpoint=dict(every='10%', keep=2)),
     }
     jobs = [Job('simmim', resize(recipes.pretrain(asked.root, asked.pretrain, side)))]
     jobs += [Job(name, resize(config | dict(duration='20ep')) | dict(init_from='job:simmim'))

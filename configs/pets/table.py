@@ -74,7 +74,7 @@ def classify(data: dict, *, classes: int, contrast: float = 0.3, mixup: float = 
                        encoder=config['objective']['encoder']),
         view=dict(name='single', hflip=0.5, **IMAGENET) | (dict(jitter=dict(contrast=contrast)) if contrast else {}),
         data=data | dict(fields=('image', 'label'), planned=planned),
-        evals=dict(test=dict(name='classification')), checkpoint=dict(every='10%', keep=1))
+        evals=dict(test=dict(name='classification')), checkpoint=dict(every='10%', keep=2))
 
 
 def adam(lr: float) -> dict:
@@ -88,7 +88,7 @@ def segment(root: str, images: int, *, frozen: bool = False) -> dict:
     score = dict(name='segmentation', baseline=False)
     return config | dict(
         evals=dict(val=score | dict(split='val', every='2ep', resamples=0), test=score | dict(split='test')),
-        checkpoint=dict(every='10ep', keep=1, best=f'val/{METRIC}'))
+        checkpoint=dict(every='10ep', keep=2, best=f'val/{METRIC}'))
 
 
 def table(results: dict, sizes: tuple[int, ...], counts: tuple[int, ...]) -> Table:
