@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -170,7 +171,9 @@ def test_a_save_that_fails_half_way_leaves_the_last_one(tmp_path):
     paths = [str(tiny.__file__).rpartition('/')[0], *sys.path]
     done = subprocess.run([sys.executable, str(tmp_path / 'program.py'), str(tmp_path)], text=True, capture_output=True,
                           env={'PYTHONPATH': ':'.join(paths), 'JAX_PLATFORMS': 'cpu', 'PATH': ''})
-    assert 'Traceback' not in done.stderr, done.stderr
+    # TensorStore may still call back into the loop that Orbax has closed after the error.
+    late = r'Traceback \(most recent call last\):\n(  .*\n)+RuntimeError: Event loop is closed\n'
+    assert 'Traceback' not in re.sub(late, '', done.stderr), done.stderr
     (line,) = done.stdout.splitlines()
     assert 'could not be written' in line and 'File too large' in line and 'that of step 1 is intact' in line
     checkpoints = opened(tmp_path)

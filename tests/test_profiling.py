@@ -22,11 +22,9 @@ def test_a_run_with_a_profile(tmp_path, capsys):
     head, _, *lines = [line for line in text.splitlines() if line]
     assert head.startswith('profile of steps 3 to 5, 2 x cpu: ')
     assert [line.split()[0] for line in lines if not line[2:].startswith(' ')].count('part') == 1
-    tables = [[]]
-    for line in lines:
-        tables += [[]] if line.split()[0] in ('part', 'operation') else []
-        tables[-1].append(line)
-    for table in tables[:2]:   # all kinds, all parts: all of the time
+    starts = [i for i, line in enumerate(lines) if line.split()[0] in ('kind', 'part', 'operation')]
+    assert len(starts) == 3
+    for table in (lines[starts[0]:starts[1]], lines[starts[1]:starts[2]]):   # all kinds, all parts: all of the time
         assert sum(float(line.split('%')[0].split()[-1]) for line in table[1:]) == pytest.approx(100, abs=1)
     assert 'trace.json.gz in https://ui.perfetto.dev' in lines[-1]
 
