@@ -48,7 +48,8 @@ class Folder:
         return sorted(found, key=lambda f: f.path)
 
     def read(self, place: str) -> bytes:
-        return pathlib.Path(self.root, place).read_bytes()
+        with open(os.path.join(self.root, place), 'rb') as file:
+            return file.read()
 
 
 @dataclasses.dataclass(frozen=True)

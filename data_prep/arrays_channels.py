@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.arrays_formats import Reader, Variable, value_dtype
-from data_prep.arrays_pixels import Frame, Plan, Source, dimensions
-from data_prep.arrays_readers import GeotiffReader, open_file
+from data_prep.arrays_formats import Reader, Variable, dimensions, value_dtype
+from data_prep.arrays_pixels import Frame, Plan, Source
+from data_prep.arrays_rasters import GeotiffReader
+from data_prep.arrays_readers import open_file
 from data_prep.convert import ChannelSpec
 from data_prep.problems import Problems
 from data_prep.statistics import FLOATS, INTEGERS

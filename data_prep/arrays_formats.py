@@ -18,6 +18,8 @@ from ssl_jax.data.source import first_line
 from ssl_jax.errors import UserError, nearest
 
 Box = tuple[slice, ...]
+BLOCK = 16 << 20        # bytes that are read at once of a whole file
+UNWRITTEN = 9.969209968386869e36     # what netCDF fills float variables with where nothing was written
 CF = ('_FillValue', 'missing_value', 'scale_factor', 'add_offset', 'units', 'calendar', '_Unsigned', 'long_name')
 
 
@@ -99,9 +101,9 @@ class Reader(abc.ABC):
     def verify(self) -> None:   # noqa: B027 - most libraries do it while reading
         """Compares the content with checksums that the library doesn't look at while reading. Raises UserError."""
 
-    def place(self, y: float, x: float) -> dict[str, float]:
-        """{'latitude', 'longitude'} or {'ra', 'dec'} in degrees of a pixel's centre (0, 0 is that of the first pixel);
-        {} where the file has no georeference of its own."""
+    def place(self, y: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+        """{'latitude', 'longitude'} or {'ra', 'dec'} in degrees of pixels' centres (0, 0 is that of the first pixel),
+        arrays or single numbers; {} where the file has no georeference of its own."""
         return {}
 
 
@@ -172,3 +174,25 @@ def plain(value: Any) -> Any:
     value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
     value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
     return value.decode('utf-8', 'replace') if isinstance(value, bytes) else value
+
+
+def dimensions(path: str, variable: Variable, given: Sequence[tuple[str, tuple[str, ...]]],
+               examples: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of a variable's dimensions: those given for it, or for arrays of as many; the file's; y and x."""
+    for name, dims in given:
+        if name == variable.name and len(dims) != len(variable.shape):
+            raise UserError(f'{path}: {variable.name!r} has shape {variable.shape}, expected the dimensions '
+                            f'{",".join(dims)} of --dims')
+        if name in ('', variable.name) and len(dims) == len(variable.shape):
+            return dims
+    if variable.dims is not None:
+        return variable.dims
+    if len(variable.shape) == 1:
+        return (examples[0] if examples else 'example',)
+    if len(variable.shape) in (0, 2):
+        return ('y', 'x')[:len(variable.shape)]
+    raise UserError(f'{path}: {variable.name!r} has {len(variable.shape)} dimensions without names, shape '
+                    f'{variable.shape}: name them, such as --dims={",".join(_SAMPLE[:len(variable.shape)])}')
+
+
+_SAMPLE = ('example', 'y', 'x', 'channel', 'other', 'another', *(f'dimension{i}' for i in range(7, 33)))

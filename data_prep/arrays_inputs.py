@@ -4,7 +4,7 @@ import os
 import posixpath
 from collections.abc import Sequence
 
-from data_prep.arrays_readers import file_system, is_store
+from data_prep.arrays_files import file_system, is_store
 from ssl_jax.errors import UserError, nearest
 
 SUFFIXES = ('.zarr', '.zarr.zip', '.h5', '.hdf5', '.hdf', '.he5', '.nc', '.nc4', '.cdf', '.npy', '.npz', '.fits',

@@ -182,7 +182,7 @@ class Known:
             return 0.0
         opened, tile = self._listing.opened(e), self._listing.plan.tile
         places = Places(opened, *self._listing.position)
-        first = dict(places.at(e.cell, e.centre))
-        across = dict(places.at(e.cell, (e.centre[0], e.centre[1] + 0.4 * tile)))
-        down = dict(places.at(e.cell, (e.centre[0] + 0.4 * tile, e.centre[1])))
+        (row, column), step = e.centre, 0.4 * tile
+        centres = [e.centre, (row, column + step), (row + step, column)]
+        first, across, down = map(dict, places.at([e.cell] * 3, centres))
         return max(abs(there[k] - first[k]) for k in kinds for there in (across, down)) / 0.4

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.arrays_files import open_stream
 from data_prep.arrays_formats import reading
-from data_prep.arrays_readers import open_stream
 from ssl_jax.errors import UserError, nearest
 
 UNITS = {'day': 'D', 'hour': 'h', 'minute': 'm', 'second': 's', 'sec': 's', 'min': 'm', 'millisecond': 'ms',

@@ -86,15 +86,16 @@ class Listing:
     def _examples(self, opened: Frame, i: int, cells: np.ndarray | None) -> Any:
         rows = None if cells is None else {tuple(c): k for k, c in enumerate(cells.tolist())}
         digits = [len(str(n - 1)) for n in opened.cells]
-        places = Places(opened, *self.position)
-        for k, (cell, tile) in enumerate(opened.walk(cells)):
+        walk = list(opened.walk(cells))
+        centres = [tuple((w.start + w.stop - 1) / 2 for w in opened.window(tile)) for _, tile in walk]
+        positions = Places(opened, *self.position).at([cell for cell, _ in walk], centres)
+        for k, ((cell, tile), centre, position) in enumerate(zip(walk, centres, positions)):
             inner = '_'.join(f'{c:0{d}d}' for c, d in zip(cell, digits))
             base = f'{self.names[i]}/{inner}' if inner else self.names[i]
             window = opened.window(tile)
             key = f'{base}/r{window[0].start}_c{window[1].start}' if tile else base
             row = rows[cell] if rows is not None else int(np.ravel_multi_index(cell, opened.cells)) if cell else 0
-            centre = tuple((w.start + w.stop - 1) / 2 for w in window)
-            yield Found(key, i, k, cell, tile, base, self.rows + row, places.at(cell, centre), centre)
+            yield Found(key, i, k, cell, tile, base, self.rows + row, position, centre)
 
     def calls(self, e: Found) -> tuple[str, ...]:
         """The names by which a table may call an example: its own, those of its cell and file."""
@@ -124,11 +125,18 @@ class Places:
         return variable is not None and len(variable.shape) == 1 and (
             variable.unit.lower().replace('_', '') in kind or name.lower() in kind)
 
-    def at(self, cell: Sequence[int], centre: Sequence[float]) -> Position:
-        """Degrees at a point of a cell, between pixels too."""
-        plan = self._opened.plan
+    def at(self, cells: Sequence[Sequence[int]], centres: Sequence[Sequence[float]]) -> list[Position]:
+        """Degrees at a point of each cell, between pixels too."""
+        if self._values or not cells:
+            found = [self._of(cell, centre) for cell, centre in zip(cells, centres)]
+        else:
+            place = self._opened.reader.place(*np.array(centres, np.float64).T)
+            found = [dict(zip(place, values)) for values in zip(*place.values())] or [{}] * len(cells)
+        return [tuple((kind, round(float(np.float32(value)), 7)) for kind, value in place.items()) for place in found]
+
+    def _of(self, cell: Sequence[int], centre: Sequence[float]) -> dict[str, float]:
+        plan, place = self._opened.plan, {}
         where = dict(zip(plan.examples, cell)) | dict(zip((plan.y, plan.x), centre))
-        place = self._opened.reader.place(*centre) if not self._values else {}
         for kind, (dims, values, name) in self._values.items():
             for d in dims:
                 if d not in where:
@@ -138,4 +146,4 @@ class Places:
                 part, high = where[d] - low, min(low + 1, len(values) - 1)
                 values = values[low] if not part else values[low] * (1 - part) + values[high] * part
             place[kind] = float(values)
-        return tuple((kind, round(float(np.float32(value)), 7)) for kind, value in place.items())
+        return place

@@ -13,7 +13,6 @@ from data_prep.arrays_pixels import NO_LABEL, Frame, Plan, Region, Source, Windo
 from data_prep.convert import Item
 from ssl_jax.errors import UserError
 
-_NEAR = 64              # examples that may be left out (other splits have them) between two that count as neighbours
 _EXACT = {'float32': 1 << 24, 'float16': 1 << 11}       # up to which a float holds every integer
 
 
@@ -53,7 +52,7 @@ class Load:
         plan, (file, place, cell, tile) = self.plan, item.data
         found = frame(plan, item.path, plan.maps[file] if plan.maps else '')
         path, last = _last[0]
-        near = path == item.path and 0 <= place - last <= _NEAR
+        near = path == item.path and 0 <= place - last <= found.near
         _last[0] = item.path, place
         window, region = found.window(tile), found.region(cell, tile) if near else None
         image, valid = image_of(found, cell, window, region)

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from data_prep.arrays_formats import Variable, decode
-from data_prep.arrays_readers import GeotiffReader, open_file
+from data_prep.arrays_formats import Variable, decode, dimensions
+from data_prep.arrays_rasters import GeotiffReader
+from data_prep.arrays_readers import open_file
 from ssl_jax.errors import UserError
 
 REGION = 32 << 20       # bytes that are read at once, of all variables together
 _SMALL = 1 << 20        # a region has at least so many, or calls would cost more than reading
 _KEPT = REGION * 5 // 4     # bytes that a process keeps: those of a region, and what examples larger than one leave
+_NEAR = 64
 NO_LABEL = 255          # of a label map, where its raster has no data
 Window = tuple[slice, slice]
 Region = tuple[tuple[slice, ...], Window]
@@ -87,6 +89,10 @@ class Frame:
         self.tiles = tuple(_starts(n, plan.tile, plan.stride) for n in self.size)
         self._maps = open_file(maps, plan.scratch) if maps else None
         self._ahead = self._regions([*names, *(n for n in also if n and n not in names)])
+        groups, tiles = map(math.prod, self._ahead)
+        # Examples from one to the next, up to which reading ahead pays: some may be in other splits. Of a region of
+        # tiles that holds one example alone, most would be read in vain; other regions are hardly more than a chunk.
+        self.near = min(_NEAR, groups * tiles // 2) if plan.tile else _NEAR
 
     def dims(self, name: str) -> tuple[str, ...]:
         """The dimensions of a variable: as given, as the file names them, else y and x of two."""
@@ -266,28 +272,6 @@ class Frame:
         given = dict(zip(order, values.shape))
         values = values.reshape([given.get(d, 1) for d in (*plan.examples, *others)])
         return np.broadcast_to(values, (*self.cells, *(given[d] for d in others)))
-
-
-def dimensions(path: str, variable: Variable, given: Sequence[tuple[str, tuple[str, ...]]],
-               examples: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of a variable's dimensions: those given for it, or for arrays of as many; the file's; y and x."""
-    for name, dims in given:
-        if name == variable.name and len(dims) != len(variable.shape):
-            raise UserError(f'{path}: {variable.name!r} has shape {variable.shape}, expected the dimensions '
-                            f'{",".join(dims)} of --dims')
-        if name in ('', variable.name) and len(dims) == len(variable.shape):
-            return dims
-    if variable.dims is not None:
-        return variable.dims
-    if len(variable.shape) == 1:
-        return (examples[0] if examples else 'example',)
-    if len(variable.shape) in (0, 2):
-        return ('y', 'x')[:len(variable.shape)]
-    raise UserError(f'{path}: {variable.name!r} has {len(variable.shape)} dimensions without names, shape '
-                    f'{variable.shape}: name them, such as --dims={",".join(_SAMPLE[:len(variable.shape)])}')
-
-
-_SAMPLE = ('example', 'y', 'x', 'channel', 'other', 'another', *(f'dimension{i}' for i in range(7, 33)))
 
 
 def _starts(length: int, tile: int, stride: int) -> list[int]:

@@ -11,7 +11,7 @@ from data_prep.contents import Content
 from data_prep.dataset import Dataset, check_label, pixel_hash
 from data_prep.duplicates import DISTANCE, near_duplicates
 from data_prep.problems import OnError
-from data_prep.shards import Plan
+from data_prep.shard_files import Plan
 from data_prep.statistics import Statistics
 from ssl_jax.errors import UserError
 

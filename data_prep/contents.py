@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_prep.dataset import Dataset, common_shape
-from data_prep.shards import Plan, Task, read_part
+from data_prep.shard_files import Plan, Task, read_part
 from data_prep.statistics import Statistics
 from ssl_jax.data import records
 from ssl_jax.data.decode import decode_image

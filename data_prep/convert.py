@@ -18,7 +18,6 @@ A bad example stops the conversion, or with on_error='skip' is left out and list
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -36,7 +35,8 @@ from data_prep.contents import Content, collect, report_speed
 from data_prep.dataset import ChannelSpec, Dataset, Item, common_shape
 from data_prep.look import look
 from data_prep.problems import OnError, check_on_error
-from data_prep.shards import PARTIAL, Plan, Task, own_folder, write_shards
+from data_prep.shard_files import PARTIAL, Plan, Task
+from data_prep.shards import own_folder, write_shards
 from data_prep.statistics import Summary
 from ssl_jax.data.source import MANIFEST, Channel, Manifest, check_size, labels
 from ssl_jax.errors import UserError
@@ -136,6 +136,8 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
+    import importlib.metadata  # not in every worker process: it takes a tenth of their start
+
     return {p: importlib.metadata.version(p) for p in ('array_record', 'numpy', 'pillow')}
 
 

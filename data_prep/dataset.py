@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.duplicates import perceptual_hash
-from data_prep.statistics import FLOATS, INTEGERS, Statistics
+from data_prep.statistics import FLOATS, INTEGERS
 from ssl_jax.data import records
 from ssl_jax.data.decode import decode_image
 from ssl_jax.data.source import Field, first_line
@@ -25,7 +24,6 @@ from ssl_jax.errors import UserError
 _DAMAGE = (ValueError, OSError, EOFError, RuntimeError, ArithmeticError, SyntaxError, struct.error, zlib.error,
            lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 _FAULTS = (NotImplementedError, RecursionError)
-SAMPLED = 1 << 16    # bytes: hashing all of a large image takes as long as copying it
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -171,55 +169,6 @@ def pixel_hash(pixels: np.ndarray, most: float = math.inf) -> bytes:
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())    # faster than blake2b on most machines
     digest.update(np.ascontiguousarray(rows))
     return digest.digest()[:16]
-
-
-class Gatherer:
-    """Checks that examples have the same fields, and gathers what is told of them: the content of a shard, or a sample.
-
-    Args:
-      fields: what every example has.
-      anchors: see `Statistics`.
-    """
-
-    def __init__(self, fields: Mapping[str, Field], anchors: Sequence[float], classes: int):
-        self.fields = fields
-        self.statistics = Statistics(fields['image'].dtype, anchors)
-        self.class_counts = np.zeros(classes, np.int64)
-        self.shapes: dict[str, list[int | None]] = {}
-        self.labels: list[np.ndarray] = []
-        self.hashes: list[bytes] = []
-        self.looks: list[int] = []      # perceptual hashes
-        self.blank: list[str] = []      # examples without a valid pixel
-
-    def add(self, example: Example) -> None:
-        """Adds an example, or nothing of it.
-
-        Raises:
-          UserError: it has other fields than `fields`, or of other dtypes.
-        """
-        signature = example.signature()
-        for name in self.fields | signature:
-            dtype, shape = signature.get(name, ('missing', ()))
-            known = self.fields.get(name)
-            if known is None or (dtype, len(shape)) != (known.dtype, len(known.shape)):
-                others = f'{known.dtype} with {len(known.shape)} axes' if known else 'no such field'
-                raise UserError(f'example {example.key!r}: field {name!r} is {dtype} {shape}, others have {others}')
-        self.shapes = {k: common_shape(self.shapes.get(k, shape), shape) for k, (_, shape) in signature.items()}
-        self.statistics.add(example.pixels, example.valid)
-        if example.valid is not None and not example.valid.any():
-            self.blank.append(example.key)
-        if 'label' in example.fields:
-            label = example.fields['label']
-            self.class_counts += label > 0 if label.ndim else np.arange(len(self.class_counts)) == label
-            self.labels.append(label)
-        self.hashes.append(pixel_hash(example.pixels, SAMPLED))
-        self.looks.append(perceptual_hash(example.pixels, example.valid))
-
-    def label_array(self) -> np.ndarray:
-        """The labels, (n,) or (n, K); empty for unlabelled data."""
-        if 'label' not in self.fields:
-            return np.zeros(0, np.int32)
-        return np.array(self.labels, self.fields['label'].dtype).reshape(-1, *self.fields['label'].shape)
 
 
 def common_shape(a: Sequence[int | None], b: Sequence[int | None]) -> list[int | None]:

@@ -28,27 +28,38 @@ def perceptual_hash(image: np.ndarray, valid: np.ndarray | None = None) -> int:
       image: (H, W, C).
       valid: bool (H, W, C) or None = all.
     """
+    return int(hash_means(block_means(image, valid)[None])[0])
+
+
+def block_means(image: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """(C, h, w) float64: means over the valid pixels of at most 32 x 32 blocks. Arguments as of `perceptual_hash`."""
     height, width = (min(_GRID, n) for n in image.shape[:2])
-    if min(height, width) < _SIDE:
-        return NONE
     if valid is not None and valid.all():
         valid = None
     with np.errstate(over='ignore', invalid='ignore'):      # values near the end of float32: no hash then
         sums = _block_sums(image if valid is None else np.where(valid, image, image.dtype.type(0)), height, width)
         if valid is None:
-            means = sums / _areas(image.shape[:2], (height, width))
-        else:
-            counts = _block_sums(valid.view(np.uint8), height, width)
-            average = sums.sum((1, 2), keepdims=True) / np.maximum(counts.sum((1, 2), keepdims=True), 1)
-            means = np.where(counts > 0, sums / np.maximum(counts, 1), average)
-        waves = (_cosines(height) @ means @ _cosines(width).T).reshape(len(means), -1)[:, 1:]
-        energy = np.sqrt(np.square(waves).sum(1))
-        structured = energy > 1e-5 * np.abs(means).max((1, 2))      # less is what rounding leaves of a constant
-        waves = (waves[structured] / energy[structured, None]).sum(0)
-    if not structured.any() or not np.isfinite(energy[structured]).all():
-        return NONE
-    middle = np.partition(waves, _SIDE ** 2 // 2 - 1)[_SIDE ** 2 // 2 - 1]       # np.median takes ten times as long
-    return int.from_bytes(np.packbits(waves > middle).tobytes(), 'big') >> 1    # 63 bits fill eight bytes but for one
+            return sums / _areas(image.shape[:2], (height, width))
+        counts = _block_sums(valid.view(np.uint8), height, width)
+        average = sums.sum((1, 2), keepdims=True) / np.maximum(counts.sum((1, 2), keepdims=True), 1)
+        return np.where(counts > 0, sums / np.maximum(counts, 1), average)
+
+
+def hash_means(means: np.ndarray) -> np.ndarray:
+    """(n,) uint64: the hashes of images of which `block_means` gave these, (n, C, h, w); faster for many at once."""
+    n, channels, height, width = means.shape
+    if min(height, width) < _SIDE:
+        return np.full(n, NONE, np.uint64)
+    with np.errstate(over='ignore', invalid='ignore'):
+        waves = (_cosines(height) @ means @ _cosines(width).T).reshape(n, channels, -1)[..., 1:]
+        energy = np.sqrt(np.square(waves).sum(2))
+        structured = energy > 1e-5 * np.abs(means).max((2, 3))      # less is what rounding leaves of a constant
+        scaled = np.divide(waves, energy[..., None], out=np.zeros_like(waves), where=structured[..., None])
+        waves = scaled.sum(1)
+    middle = np.partition(waves, _SIDE ** 2 // 2 - 1)[:, _SIDE ** 2 // 2 - 1]       # np.median takes ten times as long
+    bits = np.packbits(waves > middle[:, None], 1).view('>u8')[:, 0].astype(np.uint64)
+    known = structured.any(1) & (np.isfinite(energy) | ~structured).all(1)
+    return np.where(known, bits >> np.uint64(1), np.uint64(NONE))       # 63 bits fill eight bytes but for one
 
 
 def _block_sums(x: np.ndarray, height: int, width: int) -> np.ndarray:

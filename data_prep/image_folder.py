@@ -56,9 +56,9 @@ class _Load:
         for name, place in item.data:
             data = self.source.read(place)
             try:
-                check_whole(data)
+                mode = check_whole(data)
                 if not self.convertible:
-                    self._check_mode(name, picture_mode(data))
+                    self._check_mode(name, mode or picture_mode(data))
                 if not self.decode:
                     return {'image': data}
                 planes.append(read_pixels(data, len(CHANNELS[self.mode or 'L'])))
@@ -231,8 +231,7 @@ def _widest_mode(source: Source, files: Sequence[File], sample: int = 32) -> str
         file = files[k * len(files) // min(sample, len(files))]
         try:
             data = source.read(file.place)
-            check_whole(data)
-            modes.add(picture_mode(data))
+            modes.add(check_whole(data) or picture_mode(data))
         except (ValueError, UserError) as error:    # loading meets it again, and stops there or skips it
             damage = f'{file.path}: {first_line(error)}'
     if not modes:

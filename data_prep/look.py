@@ -5,9 +5,10 @@ import pathlib
 
 import numpy as np
 
-from data_prep.dataset import Dataset, Gatherer, describe_fields, encode_example, load_example
+from data_prep.dataset import Dataset, describe_fields, encode_example, load_example
+from data_prep.gathering import Gatherer
 from data_prep.problems import OnError
-from data_prep.shards import Plan
+from data_prep.shard_files import Plan
 from ssl_jax.errors import UserError
 
 SAMPLE = 32     # examples of the train split that are looked at

@@ -1,58 +1,22 @@
-"""Writes shards in worker processes, so that one is either finished or not there, and collects what they hold.
-
-OUTPUT/.partial holds all that is unfinished. A worker writes NAME.tmp there, then NAME.part (counts, statistics,
-checksum), then moves NAME.tmp to OUTPUT/NAME: a shard is finished when both are there.
-"""
+"""Writes shards in worker processes, and keeps the output folder to one conversion."""
 import concurrent.futures
 import contextlib
 import ctypes
-import dataclasses
 import fcntl
-import hashlib
-import json
 import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from data_prep.dataset import Dataset, Gatherer, encode_example, load_example
-from data_prep.problems import OnError
-from ssl_jax.data import records
-from ssl_jax.data.source import MANIFEST, Field, Shard, first_line, open_shard, sync_folder, write_atomic
+from data_prep.shard_files import PARTIAL, Part, Plan, Run, Task, divide, finish, finished, write
+from ssl_jax.data.source import MANIFEST, write_atomic
 from ssl_jax.errors import UserError
 
-PARTIAL = '.partial'
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What all shards of a conversion share; sent to every worker once."""
-    out: pathlib.Path
-    dataset: Dataset                # without items
-    fields: Mapping[str, Field]
-    with_group: bool
-    anchors: tuple[float, ...]      # of the statistics
-    options: str                    # of ArrayRecord
-    on_error: OnError
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One shard: its name, and its examples as a run of a split's items."""
-    name: str
-    split: str
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 def write_shards(plan: Plan, items: Mapping[str, Sequence[Any]], tasks: Sequence[Task], *, workers: int,
@@ -66,33 +30,52 @@ def write_shards(plan: Plan, items: Mapping[str, Sequence[Any]], tasks: Sequence
         disk).
     """
     from tqdm import tqdm
-    todo = [t for t in tasks if not _finished(plan, t.name)]
+    todo = [t for t in tasks if not finished(plan, t.name)]
     total, left = sum(map(len, tasks)), sum(map(len, todo))
     bar = tqdm(total=total, initial=total - left, unit='example', disable=quiet, smoothing=0.05,
                mininterval=0.5 if sys.stderr.isatty() else 10)
-    work = [(t.name, items[t.split][t.start:t.stop]) for t in todo]
+    work = [(run, items[run.task.split][run.items]) for run in divide(plan, todo, workers)]
     with bar:
         try:
-            if workers == 1:
-                for name, chosen in work:
-                    _write(plan, name, chosen, bar.update)
-            else:
-                _write_in_pool(plan, work, min(workers, len(work) or 1), bar)
+            with _Finishing(plan, workers) as finishing:
+                if workers == 1:
+                    for run, chosen in work:
+                        finishing.add(run, write(plan, run, chosen, bar.update))
+                else:
+                    _write_in_pool(plan, work, min(workers, len(work) or 1), bar, finishing)
         finally:
             for leftover in (plan.out / PARTIAL).glob('*.tmp'):
                 leftover.unlink()
     return todo
 
 
-def read_part(out: pathlib.Path, name: str) -> dict[str, Any]:
-    """What is known of a finished shard: 'shard' and 'statistics', and of `Gatherer` the attributes of these names.
+class _Finishing:
+    """Finishes shards in threads, which wait for the disk while others go on. Raises what went wrong on leaving."""
 
-    'skipped' holds the bad examples as [place in the run of items, reason].
-    """
-    fields = records.decode((out / PARTIAL / f'{name}.part').read_bytes())
-    texts = {k: json.loads(fields.pop(k)) for k in ('shard', 'shapes', 'blank', 'skipped')}
-    own = {k: fields.pop(k) for k in ('class_counts', 'labels', 'hashes', 'looks')}
-    return texts | own | {'shard': Shard(**texts['shard']), 'statistics': fields}
+    def __init__(self, plan: Plan, threads: int):
+        self._plan = plan
+        self._threads = concurrent.futures.ThreadPoolExecutor(threads)
+        self._parts: dict[Task, dict[Run, Part]] = {}
+        self._pending: list[concurrent.futures.Future] = []
+
+    def add(self, run: Run, part: Part) -> None:
+        """Takes what a worker has written. Raises what went wrong so far."""
+        parts = self._parts.setdefault(run.task, {})
+        parts[run] = part
+        if len(parts) == run.pieces:
+            runs = sorted(self._parts.pop(run.task), key=lambda run: run.piece)
+            self._pending.append(self._threads.submit(finish, self._plan, runs, [parts[run] for run in runs]))
+        for future in [future for future in self._pending if future.done()]:
+            self._pending.remove(future)
+            future.result()
+
+    def __enter__(self) -> '_Finishing':
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self._threads.shutdown()
+        for future in self._pending if kind is None else ():
+            future.result()
 
 
 @contextlib.contextmanager
@@ -124,75 +107,22 @@ def own_folder(out: pathlib.Path, fingerprint: str, overwrite: bool) -> Iterator
     shutil.rmtree(partial)
 
 
-def _finished(plan: Plan, name: str) -> bool:
-    try:
-        part = read_part(plan.out, name)
-        return ((plan.out / name).stat().st_size == part['shard'].bytes
-                and not (part['skipped'] and plan.on_error == 'stop'))
-    except FileNotFoundError:
-        return False
-
-
-def _write(plan: Plan, name: str, items: Sequence[Any], tick: Callable[[], Any]) -> None:
-    """Writes one shard; `tick` is called after each example."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-    temporary = plan.out / PARTIAL / f'{name}.tmp'
-    gathered, skipped = Gatherer(plan.fields, plan.anchors, len(plan.dataset.classes)), []
-    with _writing(plan.out / name):
-        writer = ArrayRecordWriter(str(temporary), plan.options)
-    for i, item in enumerate(items):
-        try:
-            example = load_example(plan.dataset, item, with_group=plan.with_group)
-            record = encode_example(example)
-            gathered.add(example)
-        except UserError as error:
-            if plan.on_error == 'stop':
-                raise
-            skipped.append([i, str(error)])
-        else:
-            with _writing(plan.out / name):
-                writer.write(record)
-        tick()
-    with _writing(plan.out / name):
-        writer.close()
-    with open(temporary, 'rb') as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    shard = Shard(name, len(gathered.hashes), temporary.stat().st_size, digest)
-    open_shard(temporary.parent, dataclasses.replace(shard, name=temporary.name))
-    write_atomic(temporary.with_name(f'{name}.part'), records.encode({
-        'shard': json.dumps(dataclasses.asdict(shard)), 'shapes': json.dumps(gathered.shapes),
-        'blank': json.dumps(gathered.blank), 'skipped': json.dumps(skipped), 'class_counts': gathered.class_counts,
-        'labels': gathered.label_array(), 'looks': np.array(gathered.looks, np.uint64),
-        'hashes': np.frombuffer(b''.join(gathered.hashes), np.uint64).reshape(-1, 2), **gathered.statistics.state()}))
-    os.replace(temporary, plan.out / name)
-    sync_folder(plan.out)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns array_record's word for a failed write, a full disk above all, into ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(f'cannot write {path} ({first_line(error)})') from error
-
-
-def _write_in_pool(plan: Plan, work: Sequence[tuple[str, Sequence[Any]]], workers: int, bar: Any) -> None:
+def _write_in_pool(plan: Plan, work: Sequence[tuple[Run, Sequence[Any]]], workers: int, bar: Any,
+                   finishing: _Finishing) -> None:
     context = multiprocessing.get_context('spawn')
     counter = context.Value('q', 0)
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), plan, counter))
     try:
-        pending = {pool.submit(_work, name, items) for name, items in work}
+        pending = {pool.submit(_work, run, items): run for run, items in work}
         shown = 0
         while pending:
-            done, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
             count = counter.value
             bar.update(count - shown)
             shown = count
             for future in done:
-                future.result()
+                finishing.add(pending.pop(future), future.result())
     except concurrent.futures.BrokenExecutor as error:
         raise UserError('a worker process died (killed for memory?): rerun, with fewer --workers') from error
     except BaseException:
@@ -222,11 +152,11 @@ def _start_worker(parent: int, plan: Plan, counter: Any) -> None:
     _worker = plan, counter
 
 
-def _work(name: str, items: Sequence[Any]) -> None:
+def _work(run: Run, items: Sequence[Any]) -> Part:
     plan, counter = _worker
 
     def tick():
         with counter.get_lock():
             counter.value += 1
 
-    _write(plan, name, items, tick)
+    return write(plan, run, items, tick)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from damage import flips, truncations
 
+from data_prep.arrays_files import is_store
 from data_prep.arrays_formats import decode, value_dtype
-from data_prep.arrays_readers import is_store, open_file
+from data_prep.arrays_readers import open_file
 from ssl_jax.errors import UserError
 
 SHAPE = (3, 20, 24)
