@@ -59,8 +59,8 @@ def _find_remote(url: str) -> list[str]:
 def short_names(paths: Sequence[str]) -> list[str]:
     """What tells files apart: their paths within the folder that all are in, without suffixes where still unique."""
     paths = [p.rstrip('/') for p in paths]
-    common = len(os.path.commonprefix([posixpath.dirname(p) + '/' for p in paths]).rpartition('/')[0]) + 1
-    whole = [p[common:] if len(p) > common else p for p in paths]
+    common = os.path.commonprefix([p[:p.rfind('/') + 1] for p in paths]).rfind('/') + 1
+    whole = [p[common:] for p in paths]
     short = [stem(p) for p in whole]
     return short if len(set(short)) == len(short) else whole
 

@@ -9,7 +9,7 @@ from data_prep.statistics import Statistics
 from ssl_jax.data.source import Field
 from ssl_jax.errors import UserError
 
-_SAMPLED = 1 << 15   # bytes: hashing all of a large image takes as long as copying it
+_SAMPLED = 1 << 16   # bytes: hashing all of a large image takes as long as copying it
 _HELD = 1 << 20      # bytes of block means that are held back: hashing many at a time takes a fraction of the time
 
 

@@ -116,6 +116,11 @@ def test_regions_read_every_chunk_once(tmp_path, monkeypatch):
     items = dataset.items['train']
     for k in np.random.default_rng(0).permutation(len(items))[:20]:
         np.testing.assert_array_equal(dataset.load(items[k])['image'], found[items[k].key]['image'])
+    # A sample of hardly more than one in a region reads these examples alone.
+    calls.clear()
+    sample = items[::60]
+    assert all(np.array_equal(dataset.load(item)['image'], found[item.key]['image']) for item in sample)
+    assert len(calls) == len(sample) == 7 and not {'slice(0, 4, None)', 'slice(4, 8, None)'} & {c for c, in dict(calls)}
 
 
 def test_dtypes_no_data_and_validity(tmp_path):
@@ -277,6 +282,8 @@ def test_several_files_by_folder_glob_and_url(tmp_path):
     (tmp_path / 'notes.txt').write_text('no array')
     assert short_names(find_inputs([str(tmp_path)])) == ['0', '1', '2', '3', 'sub/s']
     assert short_names(['a/x.nc', 'a/x.npy']) == ['x.nc', 'x.npy'] and short_names(['a/b/x.nc']) == ['x']
+    assert short_names(['tiles.nc', 'old.nc']) == ['tiles', 'old']
+    assert short_names(['ab/x.nc', 'ac/x.nc']) == ['ab/x', 'ac/x']
     manifest, found = examples_of(main(tmp_path, input=f'{tmp_path}/?.npy', val_fraction=0.3))
     assert {e['group'] for e in found} <= set('0123') and manifest.splits['val'].records == 1
     memory = fsspec.filesystem('memory')
