@@ -59,7 +59,7 @@ class Hdf5Reader(Reader):
         super().__init__(path)
         h5py = need('h5py', extra='hdf5', what='reading HDF5 and netCDF')
         with reading(path):
-            self._file = h5py.File(openable(path), 'r')
+            self._file, self._opened = h5py.File(openable(path), 'r'), {}
             netcdf = '_NCProperties' in self._file.attrs
             self.variables = {}
 
@@ -86,7 +86,9 @@ class Hdf5Reader(Reader):
         return cf_variable(name, found.shape, dtype, tuple(dims) if all(dims) else None, chunks, attributes, fill)
 
     def _read(self, name: str, box: Box) -> np.ndarray:
-        found = self._file[name]
+        found = self._opened.get(name)
+        if found is None:       # opening takes longer than reading a chunk that is in memory
+            found = self._opened[name] = self._file[name]
         return (found.asstr() if self.variables[name].dtype.kind == 'U' else found)[box]
 
 
