@@ -1,6 +1,8 @@
 """What ends a run with one line: a mistake that the user can mend, or a request to stop."""
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 # Exit statuses of `main`.
 MISTAKE = 2    # the same command would fail again
@@ -22,3 +24,13 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f' (did you mean {close[0]!r}?)'
     return f' (there are: {", ".join(options)})' if options else ''
+
+
+def exit_status(work: Callable[[], Any]) -> int:
+    """Does the work of a command: 0, or MISTAKE after one line on what the user can mend."""
+    try:
+        work()
+    except (UserError, OSError) as error:   # an OSError names the file, and what is wrong with it or its disk
+        print(f'error: {error}', file=sys.stderr)
+        return MISTAKE
+    return 0

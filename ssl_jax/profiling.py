@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ssl_jax import trace
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, exit_status
 from ssl_jax.trace import Op, Trace
 
 TOP = 12   # lines of the longest operations
@@ -172,12 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', metavar='RUN', help='folder of a run, or any that has a trace of jax.profiler')
     chosen = parser.parse_args(arguments)
-    try:
-        print(report(chosen.run))
-    except (UserError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(report(chosen.run)))
 
 
 if __name__ == '__main__':

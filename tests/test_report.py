@@ -105,7 +105,8 @@ def test_torn_line_and_running_run(tmp_path):
     folder = make(tmp_path / 'run', [training(10), training(20) | {'loss': None}], tail='{"step": 30, "lo')
     page = written([folder], tmp_path)
     for text in ('the last line of metrics.jsonl is cut short', 'there is no results.json: the run has not ended',
-                 'step 20 of 40 (50%)', 'the loss was not finite at step 20', 'No result yet', 'No pictures: run',
+                 'step 20 of 40 (50%)',
+                 'the loss or its gradient was not finite at step 20', 'No result yet', 'No pictures: run',
                  'There are no arrays', 'Not recorded: run', 'the command was not recorded'):
         assert text in page, text
     assert chart(page, 'loss')['series'][0]['y'] == [0.1123456, None]

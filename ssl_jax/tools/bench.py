@@ -34,7 +34,7 @@ from ssl_jax import config as configs
 from ssl_jax import flops
 from ssl_jax.data import stream
 from ssl_jax.data.pipeline import Data
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, exit_status
 from ssl_jax.experiment import Run, assemble
 from ssl_jax.step import make_train_step
 
@@ -237,12 +237,7 @@ def main(argv: Sequence[str]) -> int:
     step.add_argument('--rounds', type=int, default=3)
     step.add_argument('--seconds', type=float, default=5.0, help='per part and round')
     arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: arguments.run(arguments))
 
 
 if __name__ == '__main__':

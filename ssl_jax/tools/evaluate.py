@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssl_jax.errors import UserError, nearest
+from ssl_jax.errors import UserError, exit_status, nearest
 
 
 def evaluate(workdir: str, tags: list[str] | None = None, *, best: bool = False,
@@ -74,12 +74,8 @@ def main() -> int:
     parser.add_argument('--best', action='store_true', help='the best state, not the newest')
     arguments = parser.parse_args()
     from ssl_jax.metrics import table
-    try:
-        print(table(evaluate(arguments.workdir, arguments.tag, best=arguments.best, add=arguments.add)))
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(table(evaluate(arguments.workdir, arguments.tag, best=arguments.best,
+                                                    add=arguments.add))))
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, exit_status
 
 ALONE = 128   # examples that the step is run with alone: those of the most extreme values
 LINES = 32    # of the table, and names of parameters
@@ -281,12 +281,7 @@ def main() -> int:
     parser.add_argument('--step', type=int, help='which step (default: the last one that is stored)')
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    try:
-        print(replay(arguments.run, arguments.step))
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(replay(arguments.run, arguments.step)))
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ssl_jax.data.source import write_atomic
-from ssl_jax.errors import UserError
+from ssl_jax.errors import exit_status
 from ssl_jax.tools import report_curves, report_data, report_facts, report_figures, report_pictures, report_scores
 from ssl_jax.tools.report_html import Html, Page, join, note, tag
 from ssl_jax.tools.report_read import Run, check, is_run, names, read
@@ -79,7 +79,7 @@ def _warnings(run: Run) -> list[str]:
         found.append('there is no results.json: the run has not ended, and its numbers are not final')
     ended = report_facts.nonfinite(run)
     if ended:
-        found.append(f'the loss was not finite at step {ended[0][0]:,}')
+        found.append(f'the loss or its gradient was not finite at step {ended[0][0]:,}')
     raised = report_facts.run_alarms(run)
     if raised:
         first, _, text = raised[0]
@@ -92,13 +92,10 @@ def main() -> int:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run or of a sweep')
     parser.add_argument('-o', '--output', default='report.html', help='the file to write (default: %(default)s)')
     arguments = parser.parse_args()
-    try:
-        report(arguments.runs, arguments.output)
-    except (UserError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    print(f'{arguments.output}: {pathlib.Path(arguments.output).stat().st_size / 1e6:.1f} MB')
-    return 0
+    status = exit_status(lambda: report(arguments.runs, arguments.output))
+    if not status:
+        print(f'{arguments.output}: {pathlib.Path(arguments.output).stat().st_size / 1e6:.1f} MB')
+    return status
 
 
 if __name__ == '__main__':

@@ -84,7 +84,7 @@ def configs(runs: Sequence[Run]) -> Html:
 
 
 def alarms(runs: Sequence[Run]) -> Html:
-    """Alarms of the health monitors, and steps whose loss was not finite."""
+    """Alarms of the health monitors, and steps whose loss or gradient was not finite."""
     rows, clean = [], []
     for k, run in enumerate(runs):
         found = run_alarms(run) + nonfinite(run)
@@ -132,12 +132,12 @@ def run_alarms(run: Run) -> list[tuple[int, int, str]]:
 
 
 def nonfinite(run: Run) -> list[tuple[int, int, str]]:
-    """Steps whose loss was not finite: from the batches that were kept, and from the log."""
+    """Steps whose loss or gradient was not finite: from the batches that were kept, and from the log."""
     found = {}
     for path in sorted(run.path.glob('nonfinite_step*.npz')):
         match = re.fullmatch(r'nonfinite_step(\d+)_process\d+', path.stem)
         if match:
-            found[int(match[1])] = f'the loss was not finite and the run ended; the batch is in {path.name}'
+            found[int(match[1])] = f'the loss or its gradient was not finite; the batch is in {path.name}'
     for step, value in zip(*run.series('loss')):
         if value is None:
             found.setdefault(step, 'the loss in the log is not finite')

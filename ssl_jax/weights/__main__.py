@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, exit_status
 
 
 def inspect(source: str, *, layout: str | None = None, ignore: Sequence[str] = ()) -> str:
@@ -156,19 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparing.add_argument('a')
     comparing.add_argument('b')
     chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == 'inspect':
-            print(inspect(chosen.source, layout=chosen.layout, ignore=chosen.ignore))
-        elif chosen.command == 'import':
-            print(bring_in(chosen.source, chosen.output, arguments=chosen))
-        elif chosen.command == 'export':
-            print('\n'.join(bring_out(chosen.source, chosen.output, arguments=chosen)))
-        else:
-            print(diff(chosen.a, chosen.b))
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    work = {'inspect': lambda: inspect(chosen.source, layout=chosen.layout, ignore=chosen.ignore),
+            'import': lambda: bring_in(chosen.source, chosen.output, arguments=chosen),
+            'export': lambda: '\n'.join(bring_out(chosen.source, chosen.output, arguments=chosen)),
+            'diff': lambda: diff(chosen.a, chosen.b)}[chosen.command]
+    return exit_status(lambda: print(work()))
 
 
 if __name__ == '__main__':
