@@ -26,7 +26,7 @@ os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')   # compiling costs
 
 import numpy as np
 from soak_process import BATCH, PHASES, SAVE_EVERY, STEPS
-from soak_trial import AHEAD, Fault, Trial
+from soak_trial import AHEAD, Fault, Start, Trial
 from test_train import final_state
 
 from ssl_jax.data.pipeline import Data
@@ -136,7 +136,7 @@ class Soak:
     def undisturbed(self, objective, count):
         if (objective, count) not in self._undisturbed:
             began = time.monotonic()
-            trial = Trial(self.folder / f'{objective}-{count}', objective, self.data, (count,), [], self.stream,
+            trial = Trial(self.folder / f'{objective}-{count}', objective, self.data, (Start(count),), [], self.stream,
                           self.seconds, restarts=0)
             trial.go()
             check_stream(trial)
@@ -151,7 +151,9 @@ class Soak:
         """Returns the faults for which there was no occasion; see `Trial`."""
         began, place = time.monotonic(), len(self.trials)
         folder = self.folder / f'{place:03d}-{objective}-{"-".join(map(str, counts))}'
-        trial = Trial(folder, objective, self.data, counts, faults, self.stream, self.seconds, restarts)
+        trial = Trial(folder, objective, self.data, [Start(n) for n in counts], faults, self.stream, self.seconds,
+                      restarts)
+        trial.counts = counts
         self.trials.append(trial)
         self.undisturbed(objective, counts[0] if len(counts) == 1 else 1)   # for the seconds, too
         trial.go()

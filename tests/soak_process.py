@@ -1,9 +1,10 @@
 """ssl_jax.main as a process that soak.py disturbs: it notes in $SOAK_LOG what it does, and with which examples.
 
-It is also the config: `--config=tests/soak_process.py:mae`, or dino.
+It is also the config: `--config=tests/soak_process.py:mae`, or another of tiny.OBJECTIVES.
 
 A line of JSON has 'time' (of the machine's monotonic clock) and 'phase', or 'step' with the examples it is made of.
 """
+import copy
 import functools
 import json
 import os
@@ -20,11 +21,18 @@ def get_config(objective):
     from ml_collections import ConfigDict
 
     view = tiny.view(objective) | dict(size=16)
-    if objective == 'dino':
+    if view['name'] == 'multicrop':
         view |= dict(local=tiny.MULTICROP['local'] | dict(size=8))
-    changes = dict(
-        objective=tiny.OBJECTIVES[objective] | dict(encoder=tiny.ENCODER | dict(patch=4)), view=view, batch=BATCH,
-        duration=STEPS, checkpoint=dict(every=SAVE_EVERY, keep=2),
+    chosen, changes = copy.deepcopy(tiny.OBJECTIVES[objective]), {}
+    if 'patch' in chosen['encoder']:
+        chosen['encoder'] |= dict(patch=4)
+    if 'mask_unit' in chosen:
+        chosen['mask_unit'] = 8
+    if chosen['name'] in ('simsiam', 'moco'):   # as in their papers: Adam makes steps of rounding noise here
+        changes['optim'] = dict(name='sgd', lr=0.03, lr_reference_batch=256, momentum=0.9, weight_decay=5e-4, warmup=2)
+    changes |= dict(
+        objective=chosen, view=view, batch=BATCH, duration=STEPS,
+        checkpoint=dict(every=SAVE_EVERY, keep=2), mesh=dict(data=-1, fsdp=1, tensor=1, min_size=1),
         evals=dict(knn=dict(name='knn', every=EVALUATE_EVERY, k=(5,), test='val', limit=64)))
     return ConfigDict(tiny.config('') | changes)
 

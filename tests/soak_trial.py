@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 from soak_log import Log, Process
 from soak_process import SAVE_EVERY, STEPS
@@ -23,6 +24,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 600.0      # seconds without a sign of life
 AHEAD = 10            # steps between the flip of a byte and its use: more than are read in advance
 ROOM = 32 * 2 ** 20   # of the small disk
+
+
+class Start(NamedTuple):
+    """What a command is started with: processes, devices of each, and the mesh (data takes the rest)."""
+    processes: int
+    devices: int = 1
+    fsdp: int = 1
+    tensor: int = 1
 
 
 @dataclasses.dataclass
@@ -60,14 +69,14 @@ class Trial:
 
     Args:
       data: folder of the data set, whose shards may be damaged for a while.
-      counts: of processes, for one start of the command after the other, over and over.
+      starts: for one start of the command after the other, over and over.
       stream: the examples of every step of an undisturbed run, {'index', 'position'} by step.
       seconds: that phases took in earlier trials, by name; goes on to be filled.
       restarts: of all processes by the launcher, before it gives up and the command is started again.
     """
 
-    def __init__(self, folder, objective, data, counts, faults, stream, seconds, restarts):
-        self.folder, self.objective, self.counts = pathlib.Path(folder), objective, counts
+    def __init__(self, folder, objective, data, starts, faults, stream, seconds, restarts):
+        self.folder, self.objective, self.starts = pathlib.Path(folder), objective, starts
         self.data, self.stream, self.seconds = pathlib.Path(data), stream, seconds
         self.faults, self.pending = list(faults), list(faults)
         self.restarts = restarts
@@ -85,7 +94,7 @@ class Trial:
         """To the end of the run."""
         with self._disk():
             while True:
-                status, said = self._launch(self.counts[self._launches % len(self.counts)])
+                status, said = self._launch(self.starts[self._launches % len(self.starts)])
                 if status == 0 or self.problems:
                     break
                 self._mend(status, said)
@@ -112,15 +121,17 @@ class Trial:
             if small:
                 subprocess.run(['umount', '--lazy', disk], check=True)
 
-    def _launch(self, count):
+    def _launch(self, start):
         """Starts the command and waits for its end: (status, what it said)."""
         self._launches += 1
-        self.count, self._last, self._due_at = count, None, None
+        self.count, self._last, self._due_at = start.processes, None, None
         output, heard = self.folder / f'output{self._launches:02d}.txt', time.monotonic()
-        command = [sys.executable, '-m', 'launch.local', '-n', str(count), '--devices_per_process=1',
-                   f'--restarts={self.restarts}', '--', sys.executable, 'tests/soak_process.py',
+        command = [sys.executable, '-m', 'launch.local', f'-n={start.processes}',
+                   f'--devices_per_process={start.devices}', f'--restarts={self.restarts}', '--',
+                   sys.executable, 'tests/soak_process.py',
                    f'--config=tests/soak_process.py:{self.objective}', f'--workdir={self.run}',
-                   f'--config.data.root={self.data}']
+                   f'--config.data.root={self.data}', f'--config.mesh.fsdp={start.fsdp}',
+                   f'--config.mesh.tensor={start.tensor}']
         environment = os.environ | {'PYTHONPATH': str(ROOT), 'SOAK_LOG': str(self.log.folder)}
         with output.open('w') as file:
             self._launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
