@@ -88,4 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    if status == MISTAKE:
+        processes.end(status)   # after the one line, what still writes would only add that it cannot
+    sys.exit(status)

@@ -1,10 +1,11 @@
 """Where numbers, pictures and arrays go (JSONL, TensorBoard, W&B when asked), and the meter of the progress line."""
+import contextlib
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,7 @@ class Writer:
         if lines:
             write_atomic(path, ''.join(json.dumps(line) + '\n' for line in self._done))
         self._jsonl = path.open('a', buffering=1)
-        from tensorboardX import SummaryWriter
-        self._tensorboard = SummaryWriter(str(self._folder / 'tensorboard'), purge_step=start + 1 if start else None)
+        self._tensorboard = _TensorBoard(self._folder / 'tensorboard', start)
         self._wandb = _start_wandb(wandb, workdir, config) if wandb is not None else None
 
     def evaluated(self, step: int, tag: str) -> dict[str, float]:
@@ -49,9 +49,9 @@ class Writer:
             return
         values = {k: float(v) for k, v in values.items()}
         line = {'step': step} | {k: v if np.isfinite(v) else None for k, v in values.items()}
-        self._jsonl.write(json.dumps(line) + '\n')
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with _naming(self._jsonl.name):
+            self._jsonl.write(json.dumps(line) + '\n')
+        self._tensorboard.scalars(step, values)
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -62,7 +62,7 @@ class Writer:
         save_images(self._folder, step, tag, images)
         for name, image in images.items():
             rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
-            self._tensorboard.add_image(f'{tag}/{name}', rgb, step, dataformats='HWC')
+            self._tensorboard.image(step, f'{tag}/{name}', rgb)
         if self._wandb:
             import wandb
             self._wandb.log({f'{tag}/{name}': wandb.Image(image) for name, image in images.items()}, step=step)
@@ -74,10 +74,48 @@ class Writer:
 
     def close(self) -> None:
         if self._active:
-            self._jsonl.close()
+            with _naming(self._jsonl.name):
+                self._jsonl.close()
             self._tensorboard.close()
             if self._wandb:
                 self._wandb.finish()
+
+
+class _TensorBoard:
+    """An event file in `folder`, in which TensorBoard hides what earlier ones have beyond the step `start`.
+
+    Not SummaryWriter: its thread dies of a full disk, and the run then waits for it for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        folder.mkdir(exist_ok=True)
+        self._folder, self._flushed = folder, time.monotonic()
+        with _naming(folder):
+            self._file = EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+        if start:
+            from tensorboardX.proto.event_pb2 import SessionLog
+            self._write(start + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+        self._write(step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        from tensorboardX import summary
+        self._write(step, summary=summary.image(name, image, dataformats='HWC'))
+
+    def _write(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        with _naming(self._folder):
+            self._file.write_event(Event(wall_time=time.time(), step=step, **what))
+            if time.monotonic() - self._flushed > 60:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with _naming(self._folder):
+            self._file.close()
 
 
 def save_images(workdir: str | os.PathLike, step: int, tag: str, images: Mapping[str, np.ndarray]) -> None:
@@ -86,7 +124,9 @@ def save_images(workdir: str | os.PathLike, step: int, tag: str, images: Mapping
     folder = pathlib.Path(workdir, 'images', tag)
     for name, image in images.items():
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f'{step:08d}_{name.replace("/", "_")}.png')
+        path = folder / f'{step:08d}_{name.replace("/", "_")}.png'
+        with _naming(path):
+            Image.fromarray(image).save(path)
 
 
 def save_arrays(workdir: str | os.PathLike, step: int, tag: str, arrays: Mapping[str, Any]) -> None:
@@ -100,7 +140,7 @@ def save_arrays(workdir: str | os.PathLike, step: int, tag: str, arrays: Mapping
         write_atomic(path.with_suffix('.json'), json.dumps(records) + '\n')
         arrays = {name: value for name, value in arrays.items() if name not in records}
     temporary = path.with_suffix('.tmp')
-    with temporary.open('wb') as file:
+    with _naming(temporary), temporary.open('wb') as file:
         np.savez_compressed(file, **arrays)
     os.replace(temporary, path)
 
@@ -123,8 +163,20 @@ def sort_values(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, 
 def write_atomic(path: pathlib.Path, text: str) -> None:
     """The whole text or, whatever happens, what was there before."""
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(text)
+    with _naming(temporary):
+        temporary.write_text(text)
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Failures to open name a file, failures to write, as of a full disk, do not: this does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, float]]:

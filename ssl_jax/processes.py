@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping
+from typing import NoReturn
 
 from ssl_jax.errors import UserError
 
@@ -247,7 +248,12 @@ def leave(status: int) -> int:
     if jax and jax.distributed.is_initialized():
         if jax.process_index() == 0:
             time.sleep(1)   # its end ends the others at once: they may have something to say
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        end(status)
     return status
+
+
+def end(status: int) -> NoReturn:
+    """Ends this process without waiting for what is under way in the background."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -24,6 +24,8 @@ def get_config(objective):
     if view['name'] == 'multicrop':
         view |= dict(local=tiny.MULTICROP['local'] | dict(size=8))
     chosen, changes = copy.deepcopy(tiny.OBJECTIVES[objective]), {}
+    if objective == 'simsiam':   # of small images the ViT's features are so alike that rounding shows behind their BN
+        chosen['encoder'] = tiny.OBJECTIVES['moco']['encoder']
     if 'patch' in chosen['encoder']:
         chosen['encoder'] |= dict(patch=4)
     if 'mask_unit' in chosen:

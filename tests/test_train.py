@@ -260,6 +260,17 @@ def test_full_disk_is_said_before_anything_is_written(stripes, tmp_path, monkeyp
     assert not list((tmp_path / 'checkpoints').iterdir())
 
 
+def test_a_disk_that_fills_up_is_one_line_and_names_the_file(stripes, tmp_path):
+    """A limit on the size of a file fails writes as a full disk does."""
+    run = subprocess.run(
+        ['sh', '-c', 'ulimit -f 24 && exec "$@"', 'sh',   # times 512 bytes
+         *command(stripes, tmp_path, '--config.duration=200', '--config.checkpoint.every=200')],
+        cwd=ROOT, env=environment() | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}, capture_output=True, text=True)
+    assert run.returncode == 2 and 'Traceback' not in run.stderr, run.stderr
+    said = [line for line in run.stderr.splitlines() if not line.startswith('step ')]
+    assert len(said) == 1 and re.fullmatch(rf"error: .*File too large: '{tmp_path}/metrics.jsonl'", said[0]), said
+
+
 def test_best_state(stripes, tmp_path, watch, monkeypatch):
     """The best by validation is kept through interruptions, and is what the end reports; the last stands beside."""
     _, stop = watch
