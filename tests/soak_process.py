@@ -30,7 +30,8 @@ def get_config(objective):
         chosen['encoder'] |= dict(patch=4)
     if 'mask_unit' in chosen:
         chosen['mask_unit'] = 8
-    if chosen['name'] in ('simsiam', 'moco'):   # as in their papers: Adam makes steps of rounding noise here
+    if chosen['name'] in ('simsiam', 'moco', 'mocov3'):
+        # Before a BN biases have a gradient of rounding noise, of which Adam makes whole steps.
         changes['optim'] = dict(name='sgd', lr=0.03, lr_reference_batch=256, momentum=0.9, weight_decay=5e-4, warmup=2)
     changes |= dict(
         objective=chosen, view=view, batch=BATCH, duration=STEPS,
