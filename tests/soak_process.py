@@ -24,8 +24,10 @@ def get_config(objective):
     if view['name'] == 'multicrop':
         view |= dict(local=tiny.MULTICROP['local'] | dict(size=8))
     chosen, changes = copy.deepcopy(tiny.OBJECTIVES[objective]), {}
-    if objective == 'simsiam':   # of small images the ViT's features are so alike that rounding shows behind their BN
+    if objective in ('simsiam', 'mocov3'):   # of a ViT this small features are so alike that BN makes rounding large
         chosen['encoder'] = tiny.OBJECTIVES['moco']['encoder']
+    if objective == 'mocov3':
+        chosen['freeze_patch_embed'] = False
     if 'patch' in chosen['encoder']:
         chosen['encoder'] |= dict(patch=4)
     if 'mask_unit' in chosen:
