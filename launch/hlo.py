@@ -6,6 +6,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from launch.hlo_text import arrays, group_of, read, size_of, trips
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
@@ -154,11 +156,20 @@ def _flops(i, table):
     if i.opcode == 'dot':
         axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)[1]
         return 2 * math.prod(output) * math.prod(left[int(a)] for a in axes.split(',') if a)
-    labels = re.search(r'dim_labels=\w+_(\w+)->', i.rest)[1]
-    # Holes that dilation puts between inputs are no work.
-    holes = re.search(r'lhs_dilate=([\dx]+)', i.rest)
-    holes = math.prod(int(n) for n in holes[1].split('x')) if holes else 1
-    return 2 * math.prod(output) * math.prod(n for n, label in zip(right, labels) if label != 'o') / holes
+    names = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.rest).groups()
+    inputs, kernel, outputs = (dict(zip(*pair)) for pair in zip(names, (left, right, output)))
+    window = re.search(r'window=\{([^}]*)\}', i.rest)
+    window = dict(part.split('=') for part in window[1].split()) if window else {}
+    products = outputs['b'] * outputs['f'] * kernel['i']
+    for axis in filter(str.isdigit, names[1]):
+        size, stride, hole, step = (int(window[k].split('x')[int(axis)]) if k in window else 1
+                                    for k in ('size', 'stride', 'lhs_dilate', 'rhs_dilate'))
+        before = int(window['pad'].split('x')[int(axis)].split('_')[0]) if 'pad' in window else 0
+        # Padding, and holes that dilation puts between inputs, are no work: a TPU's programs multiply matrices by
+        # convolutions that slide one over much padding.
+        at = np.arange(outputs[axis])[:, None] * stride + np.arange(size) * step - before
+        products *= int(((at >= 0) & (at < inputs[axis] * hole) & (at % hole == 0)).sum())
+    return 2 * products
 
 
 _SLICES = ('dynamic-slice', 'slice', 'gather')

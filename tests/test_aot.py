@@ -112,6 +112,28 @@ def test_groups_that_are_not_understood():
         program(groups='replica_groups=@circle')
 
 
+CONVOLUTION = '''HloModule jit_step, num_partitions=1
+
+ENTRY %main (a: f32[6,5,SIZE], b: f32[KERNEL,7,5]) -> f32[OUT,6,7] {
+  %a = f32[6,5,SIZE]{2,1,0} parameter(0)
+  %b = f32[KERNEL,7,5]{2,1,0} parameter(1)
+  ROOT %c = f32[OUT,6,7]{2,1,0} convolution(%a, %b), window={WINDOW}, dim_labels=bf0_0oi->0bf
+}
+'''
+
+
+@pytest.mark.parametrize('size, kernel, out, window, products', [
+    (9, 3, 7, 'size=3', 21), (9, 3, 9, 'size=3 pad=1_1', 25), (9, 3, 4, 'size=3 stride=2', 12),
+    (9, 3, 5, 'size=3 rhs_dilate=2', 15),
+    (3, 3, 3, 'size=3 lhs_dilate=2', 5),           # inputs at 0, 2, 4 of 5 places
+    (1, 16, 16, 'size=16 pad=15_15 rhs_reversal=1', 16)])   # a product of matrices, once for each place
+def test_padding_and_holes_are_no_work(size, kernel, out, window, products):
+    text = CONVOLUTION
+    for name, value in dict(SIZE=size, KERNEL=kernel, OUT=out, WINDOW=window).items():
+        text = text.replace(name, str(value))
+    assert hlo.parse(text).flops == 2 * 6 * 7 * 5 * products
+
+
 def test_an_overlapped_collective_counts_once():
     parts = ''.join(f'  %part.{i} = f32[64,32]{{1,0}} all-gather(%c), channel_id=7, replica_groups=[1,8]<=[8]\n'
                     for i in range(3))
