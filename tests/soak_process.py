@@ -24,16 +24,11 @@ def get_config(objective):
     if view['name'] == 'multicrop':
         view |= dict(local=tiny.MULTICROP['local'] | dict(size=8))
     chosen, changes = copy.deepcopy(tiny.OBJECTIVES[objective]), {}
-    if objective in ('simsiam', 'mocov3'):   # of a ViT this small features are so alike that BN makes rounding large
-        chosen['encoder'] = tiny.OBJECTIVES['moco']['encoder']
-    if objective == 'mocov3':
-        chosen['freeze_patch_embed'] = False
     if 'patch' in chosen['encoder']:
         chosen['encoder'] |= dict(patch=4)
     if 'mask_unit' in chosen:
         chosen['mask_unit'] = 8
-    if chosen['name'] in ('simsiam', 'moco', 'mocov3'):
-        # Before a BN biases have a gradient of rounding noise, of which Adam makes whole steps.
+    if chosen['name'] in ('simsiam', 'moco'):   # as in their papers; Adam makes whole steps of rounding noise
         changes['optim'] = dict(name='sgd', lr=0.03, lr_reference_batch=256, momentum=0.9, weight_decay=5e-4, warmup=2)
     changes |= dict(
         objective=chosen, view=view, batch=BATCH, duration=STEPS,
