@@ -281,6 +281,8 @@ def test_the_search_stops_at_what_fits_and_ranks_by_images_per_second():
     assert any(line.startswith('the first: --config.mesh.data=') and '--config.batch=128' in line for line in lines)
     assert report.ranking([r for r in found if not r.fits]) == [
         f'none of {sum(not r.fits for r in found)} variants fits: take more chips, or fewer images']
+    without = ConfigDict(tiny.config('anywhere'))
+    assert 'mesh' not in without and compiled.changed(without, 8, dict(data=2, fsdp=4), False, 1).mesh.fsdp == 4
 
 
 def run(*arguments, path=None):
