@@ -155,7 +155,7 @@ def changed(config: ConfigDict, batch: int, mesh: Mapping[str, int], remat: bool
     """A copy of the config with these values."""
     config = copy.deepcopy(config).unlock()
     config.batch, config.accumulate = batch, accumulate
-    config.mesh = ConfigDict(dict(config.get('mesh', {})) | dict(mesh))
+    config.mesh = ConfigDict((dict(config.mesh) if 'mesh' in config else {}) | dict(mesh))
     for spec in _with_remat(config.objective):
         spec.remat = remat
     return config
