@@ -46,7 +46,7 @@ def test_two_processes(tmp_path):
                            'ssl_jax.tools.doctor'], capture_output=True, text=True, timeout=120,
                           cwd=pathlib.Path(doctor.__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    # Gloo's lines may come in pieces.
+    # Gloo's lines about the two devices of a process may run into each other.
     lines = [line for line in done.stdout.splitlines() if not re.search('Gloo|peer ranks', line)]
     assert not [line for line in lines if not line.startswith('[0] ')]
     assert any('correct over 4 devices of 2 processes:' in line for line in lines)
