@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -251,7 +252,7 @@ def _named(where: pathlib.Path):
 
 
 def _line(error: Exception) -> str:
-    text = ' '.join(str(error).split())
+    text = re.sub(r" \[\w+='.*?'\](?= \[|$)", '', ' '.join(str(error).split()))   # without TensorStore's annotations
     return text if len(text) <= 250 else f'... {text[-250:]}'   # what it comes from stands at the end
 
 

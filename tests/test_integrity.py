@@ -181,6 +181,18 @@ def test_a_save_that_fails_half_way_leaves_the_last_one(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(abstract(state(0))), state(1))
 
 
+@pytest.mark.parametrize('annotations', ["[os_error_code='27']", "[tensorstore_spec='{%s}'] [os_error_code='27']"])
+def test_the_cause_of_a_failed_save_is_in_its_line(tmp_path, annotations):
+    """TensorStore names it at the end, but for annotations, of which the array's whole specification may be one."""
+    checkpoints = opened(tmp_path)
+    spec = ','.join(f'\\"key{i}\\":[\\"value\\"]' for i in range(50))
+    text = annotations.replace('%s', spec)
+    with pytest.raises(UserError) as found, checkpoints._saving():
+        raise ValueError(f'OUT_OF_RANGE: Error writing\n"w": {"long " * 100}: File too large {text}')
+    assert 'long : File too large); there is no other yet' in str(found.value) and 'key' not in str(found.value)
+    checkpoints.close()
+
+
 # ---- another config or data set
 
 
