@@ -275,7 +275,8 @@ def duration(seconds: float) -> str:
 
 
 def table(results: Mapping[str, float]) -> str:
-    """Evaluation results '<tag>/<metric>' as text, each beside its baseline '<tag>/random/<metric>'.
+    """Evaluation results '<tag>/<metric>' as text, each beside its baseline '<tag>/random/<metric>' and the difference
+    '<tag>/gain/<metric>', where it was measured.
 
     The ends of an interval, '<name>_low' and '<name>_high', stand in the line of their metric.
     """
@@ -286,9 +287,12 @@ def table(results: Mapping[str, float]) -> str:
         return f'{results[name]:.4g}' + ('' if low is None or high is None else f' [{low:.3f}, {high:.3f}]')
 
     ends = {f'{name}_{end}' for name in results for end in ('low', 'high')}
-    names = [n for n in results if not n.partition('/')[2].startswith('random/') and n not in ends]
-    rows = [('metric', 'trained', 'random weights')]
-    rows += [(n, cell(n), cell('/random/'.join(n.partition('/')[::2]))) for n in names]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    names = [n for n in results if not n.partition('/')[2].startswith(('random/', 'gain/')) and n not in ends]
+    rows = [('metric', 'trained', 'random weights', 'gain')]
+    rows += [(n, cell(n), *(cell(f'/{beside}/'.join(n.partition('/')[::2])) for beside in ('random', 'gain')))
+             for n in names]
+    if not any(row[3] for row in rows[1:]):
+        rows = [row[:3] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple('-' * w for w in widths))
     return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)

@@ -84,7 +84,7 @@ def test_several_labels(tmp_path):
     one_sigmoid.predict = lambda *args: (out := predict(*args)) | {
         'logits': (out['logits'][:, 1:] - out['logits'][:, :1]) * jax.numpy.array([1.0, 0])}
     view, state = evaluation.view(data), evaluation.trained(layout)
-    build = lambda name, **spec: evaluation.build(name, data, layout, baseline=False, **spec)
+    build = lambda name, **spec: evaluation.build(name, data, layout, **dict(baseline=False) | spec)
     values = build('classification', resamples=5, threshold_split='val').run(one_sigmoid, view, state)
     assert values['labels'].shape == values['predictions'].shape == (8, 2)
     assert values['class/down/f1'] == values['class/down/auroc'] == 1 and values['class/other/auroc'] == 0.5
@@ -93,8 +93,10 @@ def test_several_labels(tmp_path):
     near = build('knn', k=(1, 5)).run(one_sigmoid, view, state)
     assert set(near) == {f'k{k}/{n}' for k in (1, 5) for n in ('accuracy', 'f1', 'auroc', 'auprc')}
     assert build('knn', k=(5,), positive='down').run(one_sigmoid, view, state)['k5/f1'] == 1
-    probe = build('linear_probe', resamples=5, readout=('cls',)).run(one_sigmoid, view, state)
+    probe = build('linear_probe', resamples=5, readout=('cls',), baseline=True).run(one_sigmoid, view, state)
     assert probe['class/down/f1'] == 1 and {'val_auprc', 'class/other/threshold', 'micro/auroc'} <= set(probe)
+    for name in ('accuracy', 'micro/f1', 'auprc'):   # the thresholds of each are its own
+        assert probe[f'gain/{name}'] == pytest.approx(probe[name] - probe[f'random/{name}'], abs=1e-6)
 
 
 @pytest.mark.parametrize('batch', [2, 6, 30])

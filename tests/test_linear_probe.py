@@ -71,7 +71,11 @@ def test_evaluator(data, caplog):
     names |= {f'{name}_{end}' for name in names for end in ('low', 'high')}
     names |= {'weight_decay', 'readout', 'threshold', 'val_auprc', 'loss', 'brier', 'ece'}
     numbers = {name for name, value in values.items() if np.ndim(value) == 0}
-    assert numbers == names | {f'random/{name}' for name in names}
+    gained = {f'gain/{n}{end}' for n in ('accuracy', 'precision', 'recall', 'f1', 'auroc', 'auprc')
+              for end in ('', '_low', '_high')}
+    assert numbers == names | gained | {f'random/{name}' for name in names}
+    for name in ('accuracy', 'f1', 'auroc', 'auprc'):
+        assert values[f'gain/{name}'] == pytest.approx(values[name] - values[f'random/{name}'], abs=1e-6)
     assert all(isinstance(values[name], float) for name in numbers)
     assert values['accuracy'] == values['auroc'] == values['val_auprc'] == 1
     assert values['weight_decay'] in (1e-2, 1e-3) and values['readout'] in (0, 1, 2)

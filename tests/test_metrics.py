@@ -64,11 +64,15 @@ def test_duration():
 
 
 def test_table_puts_baseline_and_interval_beside_the_metric():
-    text = table({'probe/f1': 0.8, 'probe/f1_low': 0.7, 'probe/f1_high': 0.9, 'probe/random/f1': 0.5, 'probe/lr': 0.1})
-    lines = [line.split() for line in text.splitlines()]
+    values = {'probe/f1': 0.8, 'probe/f1_low': 0.7, 'probe/f1_high': 0.9, 'probe/random/f1': 0.5, 'probe/lr': 0.1}
+    lines = [line.split() for line in table(values).splitlines()]
     assert lines[0] == ['metric', 'trained', 'random', 'weights']
     assert lines[2] == ['probe/f1', '0.8', '[0.700,', '0.900]', '0.5'] and lines[3] == ['probe/lr', '0.1']
     assert len(lines) == 4
+    values |= {'probe/gain/f1': 0.3, 'probe/gain/f1_low': 0.25, 'probe/gain/f1_high': 0.35}
+    lines = [line.split() for line in table(values).splitlines()]
+    assert lines[0] == ['metric', 'trained', 'random', 'weights', 'gain'] and len(lines) == 4
+    assert lines[2] == ['probe/f1', '0.8', '[0.700,', '0.900]', '0.5', '0.3', '[0.250,', '0.350]']
 
 
 def test_results_are_sorted_and_arrays_kept(tmp_path):

@@ -17,7 +17,8 @@ CONFIG = {'batch': 8, 'duration': 40, 'seed': 0, 'precision': 'f32', 'data': {'r
           'evals': {'probe': {'name': 'linear_probe', 'test': 'test'}, 'knn': {'name': 'knn'}}}
 EVIL = '<script>alert(1)</script>'
 PROBE = {'probe/accuracy': 0.7512345, 'probe/accuracy_low': 0.7, 'probe/accuracy_high': 0.8,
-         'probe/random/accuracy': 0.4321, 'probe/chance/accuracy': 0.25, f'probe/class/{EVIL}/f1': 0.625}
+         'probe/random/accuracy': 0.4321, 'probe/gain/accuracy': 0.3191, 'probe/gain/accuracy_low': 0.2718,
+         'probe/gain/accuracy_high': 0.3662, 'probe/chance/accuracy': 0.25, f'probe/class/{EVIL}/f1': 0.625}
 
 
 def training(step, total=40, **more):
@@ -73,6 +74,7 @@ def test_complete_run_is_one_file_with_everything_inside(tmp_path):
     assert not re.search(r'https?://(?!www\.w3\.org/2000/svg)', page)
     assert page.count('src="data:image/png;base64,') == 2
     for text in ('finished', 'TPU v4', '--config=a b.py&#x27;', 'abcdef', 'rank 1.5 is below 2', '0.8125', '0.7 to 0.8',
+                 '<th class="n">gain</th>', '0.3191',
                  'No card: data set gone/data is not on this machine', 'Not drawn for run'):
         assert text in page, text
     assert 'No result yet: run.' in page    # knn

@@ -116,6 +116,28 @@ def test_interval_width_of_auroc_is_that_of_delong():
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
 
 
+def test_gain_is_the_difference_with_the_interval_of_pairs():
+    """As wide as that of the mean of the examples' differences, which is narrower than those of the two accuracies."""
+    rng = np.random.default_rng(0)
+    labels, ours = example(n=1000)
+    theirs = np.where(rng.random(1000)[:, None] < 0.2, ours[:, ::-1], ours)    # decides every fifth otherwise
+    said = ours.argmax(1), theirs.argmax(1)
+    found = scores.gain(labels, ours, theirs, predicted=said, positive=1, resamples=1000)
+    one, other = (scores.classification(labels, p, positive=1) for p in (ours, theirs))
+    assert {n for n in found if not n.endswith(('_low', '_high'))} == set(one)
+    for name in one:
+        assert found[name] == pytest.approx(one[name] - other[name], abs=1e-12)
+        assert found[f'{name}_low'] < found[name] < found[f'{name}_high']
+    difference = (said[0] == labels).astype(float) - (said[1] == labels)
+    width = found['accuracy_high'] - found['accuracy_low']
+    assert width == pytest.approx(2 * 1.96 * difference.std() / 1000 ** 0.5, rel=0.1)
+    same = scores.gain(labels, ours, ours, predicted=(said[0], said[0]), positive=1, resamples=50)
+    assert set(same.values()) == {0.0}
+    clustered = scores.gain(np.repeat(labels, 10), np.repeat(ours, 10, 0), np.repeat(theirs, 10, 0), positive=1,
+                            predicted=tuple(np.repeat(x, 10) for x in said), groups=np.repeat(np.arange(1000), 10))
+    assert clustered['accuracy_high'] - clustered['accuracy_low'] == pytest.approx(width, rel=0.1)
+
+
 def test_groups_are_drawn_whole():
     """Ten copies of each example carry no more information than one, which only the clustered interval knows."""
     labels, p = example(n=60)

@@ -2,7 +2,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -32,20 +32,29 @@ class Evaluator(abc.ABC):
     layout: Layout
     batch: int
     tag: str
-    _random: dict[str, float] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict)
+    paired: ClassVar[tuple[str, ...]] = ()   # arrays that `gain` needs of both encoders
+    _random: dict[str, Any] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict)
 
     @abc.abstractmethod
     def measure(self, objective: Objective, view: View, state: TrainState) -> Values:
         """The results for this state: name -> number, picture (H, W, 3) uint8, another array, or a record for JSON."""
 
     def run(self, objective: Objective, view: View, state: TrainState) -> dict[str, float | np.ndarray]:
-        """The results of `measure`, and its numbers for random weights as 'random/<name>', measured once."""
+        """The results of `measure`, its numbers for random weights as 'random/<name>', measured once, and how much
+        higher those of `gain` are as 'gain/<name>'."""
         values = dict(self.measure(objective, view, state))
-        if self.baseline and not self._random:
+        if not self.baseline:
+            return values
+        if not self._random:
             found = self.measure(objective, view, random_weights(objective, state))
-            self._random.update({f'random/{k}': v for k, v in found.items()
-                                 if np.ndim(v) == 0 and not k.startswith('chance/')})
-        return values | self._random
+            self._random.update({k: v for k, v in found.items()
+                                 if k in self.paired or np.ndim(v) == 0 and not k.startswith('chance/')})
+        return values | {f'random/{k}': v for k, v in self._random.items() if k not in self.paired} | {
+            f'gain/{k}': v for k, v in self.gain(values, self._random).items()}
+
+    def gain(self, values: Values, random: Values) -> Mapping[str, float]:
+        """Differences to the results with random weights, with their intervals. By default none."""
+        return {}
 
     @property
     def scored(self) -> str | None:

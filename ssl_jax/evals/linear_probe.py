@@ -33,7 +33,8 @@ class LinearProbe(Evaluator):
     the ends of its 95 % bootstrap interval as '<name>_low' and '<name>_high' (by groups, where examples have them), and
     the same of each class as 'class/<name>/<metric>'; 'loss', 'brier' and 'ece';
     of the chosen classifier 'weight_decay', 'readout' (counted from 0), 'threshold' or 'class/<name>/threshold', and
-    'val_accuracy' or 'val_auprc'; curves and predictions as arrays (see `scorecard.arrays`).
+    'val_accuracy' or 'val_auprc'; curves and predictions as arrays (see `scorecard.arrays`). With `baseline`, how much
+    higher accuracy to auprc are than with random weights, 'gain/<name>', with the paired interval (see `scores.gain`).
 
     Args:
       weight_decay: L2 penalties weight_decay / 2 * |W|^2 beside the mean cross entropy. scikit-learn's
@@ -57,6 +58,7 @@ class LinearProbe(Evaluator):
     resamples: int = 1000
     seed: int = 0
     limit: int | None = None
+    paired = ('predictions',)
 
     def __post_init__(self):
         where = f'config.evals.{self.tag}'
@@ -106,6 +108,20 @@ class LinearProbe(Evaluator):
         card = scorecard(test.label, p, classes=classes, positive=positive, predicted=predicted, index=test.index,
                          groups=groups(self.data, self.test, test.index), resamples=self.resamples, seed=self.seed)
         return card | {'loss': scores.cross_entropy(test.label, test_logits)} | chosen
+
+    def gain(self, values: Values, random: Values) -> Mapping[str, float]:
+        """Of the scores over all classes; see `scores.gain`."""
+        positive = self.scored_class(self.positive)
+        return scores.gain(values['labels'], values['predictions'], random['predictions'],
+                           predicted=(self._predicted(values, positive), self._predicted(random, positive)),
+                           positive=positive, groups=values.get('groups'), resamples=self.resamples, seed=self.seed)
+
+    def _predicted(self, values: Values, positive: int | None) -> np.ndarray:
+        """The decisions that belong to the results of `measure`."""
+        thresholds = values.get('threshold')
+        if self.multilabel:
+            thresholds = np.array([values[f'class/{name}/threshold'] for name in self.data.classes])
+        return scores.decide(values['predictions'], thresholds, positive=positive, multilabel=self.multilabel)
 
 
 def statistics(x: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -217,6 +217,31 @@ def with_intervals(labels: np.ndarray, scores: np.ndarray, *, positive: int | No
     return values
 
 
+def gain(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray, *, predicted: tuple[np.ndarray, np.ndarray],
+         positive: int | None = None, groups: np.ndarray | None = None, resamples: int = 1000,
+         seed: int = 0) -> dict[str, float]:
+    """How much higher `classification` is for `ours` than for `theirs`, with `<name>_low` and `<name>_high`.
+
+    Both are scores (N, K) of the same examples, and each resample of the bootstrap is scored with both: the interval
+    is much narrower than those of the two, as an example that is hard for one mostly is for the other.
+
+    Args:
+      predicted: of ours and of theirs; see `decide`.
+    """
+    ranking = positive is not None or ours.shape[1] <= INTERVAL_CLASSES
+    first, second = (weighted(labels, s, positive=positive, predicted=said, ranking=ranking)
+                     for s, said in zip((ours, theirs), predicted, strict=True))
+
+    def difference(weights: np.ndarray) -> dict[str, float]:
+        there = second(weights)
+        return {name: value - there[name] for name, value in first(weights).items()}
+
+    values = {name: float(v) for name, v in difference(np.ones(len(labels))).items() if np.isfinite(v)}
+    for name, (low, high) in bootstrap(difference, len(labels), groups=groups, resamples=resamples, seed=seed).items():
+        values |= {f'{name}_low': low, f'{name}_high': high}
+    return values
+
+
 def _count_classes(labels: np.ndarray, predicted: np.ndarray, k: int) -> Callable[[np.ndarray], tuple]:
     correct = predicted == labels
     return lambda weights: (np.bincount(labels, weights * correct, k), np.bincount(labels, weights, k),

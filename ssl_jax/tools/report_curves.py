@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.tools.report_html import Html, Page, fold, join, note, tag
-from ssl_jax.tools.report_read import BASELINE, HEALTH, Run
+from ssl_jax.tools.report_read import BASELINE, GAIN, HEALTH, Run
 
 POINTS = 1000           # of a curve; a longer one keeps the lowest and highest of each stretch
 ALL_POINTS = 150_000    # of the page
@@ -15,7 +15,7 @@ HIDDEN = ('eta_s', 'alarms')
 TITLES = {'loss': 'loss', 'lr': 'learning rate', 'grad_norm': 'gradient norm', 'param_norm': 'parameter norm',
           'weight_decay': 'weight decay', 'images_per_s': 'images per second', 'gflops_per_s': 'model GFLOP/s',
           'data_wait_percent': 'waiting for data, %', 'mfu_percent': 'MFU, %'}
-DETAILS = ('class/', 'chance/', BASELINE)    # metrics with curves too many to draw
+DETAILS = ('class/', 'chance/', BASELINE, GAIN)    # metrics with curves too many to draw
 SHOWN = 6               # charts of one evaluator that are not folded
 CHOICES = ('weight_decay', 'readout', 'lr', 'threshold')     # of a probe, not results
 
@@ -110,7 +110,7 @@ def evaluations(page: Page, runs: Sequence[Run]) -> Html:
 
 
 def plain(metric: str) -> bool:
-    """Whether it is a result of its own: no class, baseline or end of an interval."""
+    """Whether it is a result of its own: no class, baseline, difference to it or end of an interval."""
     return not metric.endswith(('_low', '_high')) and not metric.startswith(DETAILS) and '/class/' not in metric
 
 

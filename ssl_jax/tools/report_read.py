@@ -12,6 +12,7 @@ from ssl_jax.errors import UserError
 HEALTH = 'health/'
 LAST = 'last/'              # before the results of the last state, where a run's results are those of its best one
 BASELINE = 'random/'        # after '<tag>/': with random weights
+GAIN = 'gain/'              # the difference to those
 FILES = ('config.json', 'metrics.jsonl')
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from ssl_jax.tools.report_curves import CHOICES, plain
 from ssl_jax.tools.report_facts import flat
 from ssl_jax.tools.report_html import NOTHING, Html, fold, join, named, note, number, table, tag, with_interval
-from ssl_jax.tools.report_read import BASELINE, Run, Scores
+from ssl_jax.tools.report_read import BASELINE, GAIN, Run, Scores
 
 LISTED = 60     # classes in a table that is not folded
 Values = Mapping[str, float | None]
@@ -33,6 +33,7 @@ def results(runs: Sequence[Run]) -> Html:
     if not parts:
         return note('No evaluator is configured or has run yet.')
     told = ('Brackets: 95 % intervals. Random weights: the same measurement for an encoder that has learned nothing. '
+            'Gain: how much higher it is than that, on the same examples. '
             'Chance: what can be had without looking at an image (the most frequent class, a constant score). '
             'Strips: dot and bar are value and interval, hollow is random weights, the tick is chance.')
     return join((note(told), *parts))
@@ -54,17 +55,19 @@ def _differing(runs: Sequence[Run], name: str) -> list[str]:
 
 
 def _single(scores: Scores) -> Html:
-    """metric | value | interval | random weights | chance, as far as there are any."""
+    """metric | value | interval | random weights | gain | chance, as far as there are any."""
     values, metrics = scores.values, [m for m in scores.values if plain(m)]
     some = lambda head: any(f'{head}{m}' in values for m in metrics)
-    random, chance, ends = some(BASELINE), some('chance/'), any(f'{m}_low' in values for m in metrics)
-    head = ['metric', 'value', *['95 % interval'] * ends, *['random weights'] * random, *['chance'] * chance, '']
+    random, gain, chance = some(BASELINE), some(GAIN), some('chance/')
+    ends = any(f'{m}_low' in values for m in metrics)
+    head = ['metric', 'value', *['95 % interval'] * ends, *['random weights'] * random, *['gain'] * gain,
+            *['chance'] * chance, '']
     rows = []
     for m in metrics:
         low, high = values.get(f'{m}_low'), values.get(f'{m}_high')
         interval = '' if low is None or high is None else f'{low:.4g} to {high:.4g}'
         rows.append([m, tag('b', number(values[m])), *[interval] * ends, *[_cell(values, f'{BASELINE}{m}')] * random,
-                     *[_chance(values, m)] * chance, _strip([(0, values)], m)])
+                     *[_cell(values, f'{GAIN}{m}')] * gain, *[_chance(values, m)] * chance, _strip([(0, values)], m)])
     return join((note(f'{scores.state[0].upper()}{scores.state[1:]}.'), table(head, rows)))
 
 
@@ -83,7 +86,7 @@ def _chance(values: Values, metric: str) -> Html:
 
 
 def _compared(found: Sequence[tuple[int, Run, Scores]]) -> Html:
-    """A column per run; below each value that of random weights."""
+    """A column per run; below each value that of random weights, and the difference."""
     metrics = list(dict.fromkeys(m for _, _, s in found for m in s.values if plain(m)))
     rows = []
     for m in metrics:
@@ -93,7 +96,8 @@ def _compared(found: Sequence[tuple[int, Run, Scores]]) -> Html:
                 cells.append(NOTHING)
                 continue
             below = [tag('div', label, ' ', cell, class_='faint') for label, cell in (
-                ('random', _cell(s.values, f'{BASELINE}{m}')), ('chance', _chance(s.values, m))) if cell]
+                ('random', _cell(s.values, f'{BASELINE}{m}')), ('gain', _cell(s.values, f'{GAIN}{m}')),
+                ('chance', _chance(s.values, m))) if cell]
             cells.append(join((tag('b', number(s.values[m])), ' ', _ends(s.values, m), *below)))
         rows.append([m, _strip([(k, s.values) for k, _, s in found], m), *cells])
     head = ['metric', '', *(join((named(k, run.name), tag('div', s.state, class_='faint'))) for k, run, s in found)]
