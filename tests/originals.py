@@ -4,7 +4,7 @@ import pickle
 import zipfile
 
 import numpy as np
-from interferograms import annotation, fill, raw_files
+from interferograms import annotation, coherence, colours, fill, png, raw_files
 from PIL import Image
 
 from data_prep import (
@@ -116,6 +116,19 @@ def write_hephaestus(root):
     fill(root / 'notes', {f'{id}.json': a for id, a in noted.items()})
     hephaestus.main(['frames', f'--raw={root}/raw_hephaestus', f'--annotations={root}/notes', '--size=64',
                      f'--output={root}/hephaestus_frames', '--workers=1'])
+
+
+def write_volcanoes(root):
+    """root/volcanoes: quick-looks of 64 x 64 pixels of two volcanoes, 14 early ones and 6 late ones of each."""
+    files = {}
+    for v, name in enumerate(('Etna', 'Lascar')):
+        for month in range(20):
+            pair = f'{2018 + month // 12}{month % 12 + 1:02}01_{2018 + month // 12}{month % 12 + 1:02}13'
+            for file, values in (('InSAR', colours), ('Coherence', coherence)):
+                files[f'{name}/interferograms/{pair}/{file}.png'] = png(values(100 * v + month, (64, 64)))
+    fill(root / 'raw_volcanoes', files)
+    hephaestus.main(['volcanoes', f'--raw={root}/raw_volcanoes', '--test_fraction=0.3', f'--output={root}/volcanoes',
+                     '--workers=1'])
 
 
 def write_minicubes(root):

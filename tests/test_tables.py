@@ -21,7 +21,8 @@ from ssl_jax.tools.sweep import Estimate, Sweep, load, main
 ROOT = pathlib.Path(__file__).parent.parent
 SWEEPS = {'cifar10/label_sweep.py': 'counts=20+40,seeds=2', 'deeplense/table.py': 'counts=16+all',
           'galaxy10/table.py': '', 'galaxy10/table.py:grid': '', 'hephaestus/minicubes_table.py': '',
-          'hephaestus/multilabel_table.py': '', 'pets/intermediate.py': 'pretrain=30,train=20',
+          'hephaestus/multilabel_table.py': '', 'hephaestus/volcanoes_table.py': '',
+          'pets/intermediate.py': 'pretrain=30,train=20',
           'pets/table.py': 'pretrain=20+30,train=12+24'}
 
 
@@ -182,6 +183,22 @@ def test_hephaestus():
     assert rows['MoCo v2, linear', 'mean'][1] == Estimate(0.2) and rows['from scratch', 'Mogi'][1] is None
 
 
+def test_volcanoes():
+    made = sweep('hephaestus/volcanoes_table.py')
+    recipes = {job.name: job.config for job in made.jobs}
+    assert set(recipes) == {'mae', 'simmim', 'dino', 'ibot', 'mocov3', 'moco', 'simsiam'}
+    for name, config in recipes.items():    # no colours, no flips, and phases that may shift where views are compared
+        assert not {'grey', 'second'} & set(config['view']) and not config['view']['hflip']
+        assert ('phase' in config['view']) == (name not in ('mae', 'simmim'))
+    table = made.table({'dino': {'knn/k5/top1': 0.5, 'knn/random/k5/top1': 0.4, 'probe/accuracy': 0.9,
+                                 'probe/accuracy_low': 0.8, 'probe/accuracy_high': 1.0, 'probe/random/accuracy': 0.8,
+                                 'probe/gain/accuracy': 0.1}})
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows['dino'] == ('ViT 96 x 4, patch 8', 3000, Estimate(50.0), Estimate(40.0), Estimate(90.0, 80.0, 100.0),
+                            Estimate(80.0), Estimate(10.0))
+    assert rows['moco'][0] == 'ResNet-18, width 8' and rows['moco'][2:] == (None,) * 5
+
+
 def test_label_sweep():
     made = sweep('cifar10/label_sweep.py', 'counts=10+30,seeds=3')
     assert len(made.jobs) == 1 + 2 * 3 * 3
@@ -197,9 +214,10 @@ def test_label_sweep():
 
 DATA = {'cifar10': originals.write_cifar10, 'deeplense': originals.write_deeplense,
         'galaxy10': originals.write_galaxy10, 'hephaestus/minicubes': originals.write_minicubes,
-        'hephaestus/multilabel': originals.write_hephaestus, 'pets': originals.write_pets}
+        'hephaestus/multilabel': originals.write_hephaestus, 'hephaestus/volcanoes': originals.write_volcanoes,
+        'pets': originals.write_pets}
 FOLDERS = {'cifar10': 'cifar10', 'deeplense': 'deeplense', 'galaxy10': 'galaxy10',
-           'hephaestus/multilabel': 'hephaestus_frames'}
+           'hephaestus/multilabel': 'hephaestus_frames', 'hephaestus/volcanoes': 'volcanoes'}
 
 
 @pytest.mark.skipif('SSL_JAX_PROGRAMMES' not in os.environ, reason='takes minutes: set SSL_JAX_PROGRAMMES')
