@@ -65,14 +65,36 @@ def test_evaluator(data, readout):
     objective, view, state = evaluation.Stripes(), evaluation.view(data), evaluation.trained(layout)
     with jax.transfer_guard('disallow'):
         values = neighbours.run(objective, view, state)
-    own = {f'k{k}/{name}' for k in (1, 5, 24) for name in ('top1', 'f1', 'auroc')}   # there are 24 to choose from
-    assert set(values) == own | {f'random/{name}' for name in own}
-    assert all(isinstance(v, float) for v in values.values())
+    ends = {f'k{k}/top1{end}' for k in (1, 5, 24) for end in ('', '_low', '_high')}   # there are 24 to choose from
+    own = ends | {f'k{k}/{name}' for k in (1, 5, 24) for name in ('f1', 'auroc')}
+    numbers = {name: value for name, value in values.items() if np.ndim(value) == 0}
+    assert set(numbers) == own | {f'random/{name}' for name in own} | {f'gain/{name}' for name in ends}
+    assert all(isinstance(v, float) for v in numbers.values())
+    for row, k in enumerate((1, 5, 24)):
+        name = f'k{k}/top1'
+        assert values['right'][row].mean() == values[name]
+        assert values[f'{name}_low'] <= values[name] <= values[f'{name}_high']
+        assert values[f'gain/{name}'] == pytest.approx(values[name] - values[f'random/{name}'])
     if readout == 'cls':
         assert values['k5/top1'] == 1 and values['k5/auroc'] == 1
     assert objective.inits == 1
-    assert neighbours.run(objective, view, state) == values
+    again = neighbours.run(objective, view, state)
+    assert {name: again[name] for name in numbers} == numbers and set(again) == set(values)
     assert objective.inits == 1, 'the baseline is measured once'
+
+
+def test_interval_of_the_gain_is_that_of_mcnemar(data):
+    """Its width comes from the examples that only one of the two knows (McNemar 1947, Psychometrika 12, 153)."""
+    rng = np.random.default_rng(0)
+    ours = rng.random((1, 1000)) < 0.7
+    theirs = np.where(rng.random((1, 1000)) < 0.1, ~ours, ours)
+    neighbours = evaluation.build('knn', data, k=(5,))
+    values, random = ({'k5/top1': x.mean(), 'right': x, 'index': np.arange(1000)} for x in (ours, theirs))
+    found = neighbours.gain(values, random)
+    only = [np.mean(ours & ~theirs), np.mean(theirs & ~ours)]
+    middle, half = only[0] - only[1], 1.96 * ((sum(only) - (only[0] - only[1]) ** 2) / 1000) ** 0.5
+    np.testing.assert_allclose([found[f'k5/top1{end}'] for end in ('', '_low', '_high')],
+                               [middle, middle - half, middle + half], atol=0.0025)
 
 
 def test_baseline_can_be_left_out(data):

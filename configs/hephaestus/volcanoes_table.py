@@ -32,9 +32,10 @@ OBJECTIVES = {
 }
 OPTIM = {'mae': dict(lr_reference_batch=128), 'simmim': dict(lr_reference_batch=128), 'dino': dict(lr=2e-3),
          'ibot': dict(lr=2e-3), 'mocov3': dict(lr=2e-3), 'moco': dict(lr=0.06), 'simsiam': dict(lr=0.1)}
-METRICS = ('knn/k5/top1', 'knn/random/k5/top1', 'probe/accuracy', 'probe/random/accuracy', 'probe/gain/accuracy')
-NOTE = ('kNN: 5 neighbours. Probe: linear, with its 95 % bootstrap interval. Gain: over the probe of the same network '
-        'with random weights, paired by example.')
+METRICS = ('knn/k5/top1', 'knn/random/k5/top1', 'knn/gain/k5/top1', 'probe/accuracy', 'probe/random/accuracy',
+           'probe/gain/accuracy')
+NOTE = ('kNN of 5 neighbours and linear probe, with 95 % bootstrap intervals. Gain: over the same network with random '
+        'weights, paired by example.')
 
 
 def get_sweep(argument: str = '') -> Sweep:
@@ -76,5 +77,5 @@ def table(results: dict, jobs: list[Job]) -> Table:
         network = 'ViT {width} x {depth}, patch {patch}' if vit else 'ResNet-{depth}, width {width}'
         rows.append((job.name, network.format(**encoder), job.config['duration'],
                      *(estimate(results, job.name, metric, scale=100) for metric in METRICS)))
-    return Table(('objective', 'network', 'steps', 'kNN %', 'random weights %', 'probe %', 'random weights, probe %',
-                  'gain'), rows, note=NOTE, axes=Axes('objective', 'gain'))
+    return Table(('objective', 'network', 'steps', 'kNN %', 'random, kNN %', 'gain, kNN', 'probe %', 'random, probe %',
+                  'gain, probe'), rows, note=NOTE, axes=Axes('objective', 'gain, probe'))

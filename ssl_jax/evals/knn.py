@@ -1,6 +1,8 @@
 """Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv:1805.01978, section 3.4; as in DINO)."""
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ssl_jax.errors import UserError
 from ssl_jax.evals import scores
 from ssl_jax.evals.base import Evaluator, Values
-from ssl_jax.evals.features import Readout, extract
+from ssl_jax.evals.features import Readout, extract, groups
 from ssl_jax.sharding import Layout
 from ssl_jax.step import Objective, TrainState, View
 
@@ -23,8 +25,11 @@ class KNN(Evaluator):
     """Each neighbour votes for its class, or its labels, with weight exp(cosine similarity / temperature).
 
     Results per k: 'k<k>/top1', 'k<k>/top5' for more than 5 classes, and 'k<k>/f1' and 'k<k>/auroc' of the positive
-    class, from its share of the votes, where there is one. Of multi-label data 'k<k>/accuracy', 'k<k>/f1',
-    'k<k>/auroc' and 'k<k>/auprc' of `positive`, or their means over the labels; see `scores.classification`.
+    class, from its share of the votes, where there is one. 'k<k>/top1', and with `baseline` how much higher it is than
+    with random weights, 'gain/k<k>/top1', have the ends of their 95 % bootstrap intervals (by groups, where examples
+    have them; of the gain by pairs), '<name>_low' and '<name>_high'; 'right' (numbers of k, N) says which examples are.
+    Of multi-label data 'k<k>/accuracy', 'k<k>/f1', 'k<k>/auroc' and 'k<k>/auprc' of `positive`, or their means over the
+    labels; see `scores.classification`.
 
     Args:
       k: numbers of neighbours; those beyond the size of the train split are replaced by that.
@@ -32,6 +37,8 @@ class KNN(Evaluator):
       train: the split that neighbours come from.
       test: the split that is classified.
       positive: class name or index; see `scores.positive_class`.
+      resamples: of the bootstrap; 0 for no intervals.
+      seed: of the bootstrap.
       limit: use only so many examples of each split, evenly spaced.
     """
     k: tuple[int, ...] = (10, 20, 100, 200)
@@ -40,11 +47,15 @@ class KNN(Evaluator):
     train: str = 'train'
     test: str = 'test'
     positive: str | int | None = None
+    resamples: int = 1000
+    seed: int = 0
     limit: int | None = None
+    paired = ('right',)
 
     def __post_init__(self):
         where = f'config.evals.{self.tag}'
         self.check_labels(self.train, self.test, multilabel=True)
+        self.check_resamples(self.resamples)
         self.scored_class(self.positive)
         if not self.k or min(self.k) < 1:
             raise UserError(f'{where}.k={self.k}: expected numbers of neighbours, at least 1')
@@ -63,20 +74,40 @@ class KNN(Evaluator):
                             ks, list(self.k))
         found = votes(bank.values[self.readout], bank.label, queries.values[self.readout], ks=ks, classes=len(classes),
                       temperature=self.temperature, layout=self.layout)
-        values = {}
+        values, right = {}, []
         for k, tally in found.items():
             if self.multilabel:
                 result = scores.classification(labels, tally, positive=positive)
                 values |= {f'k{k}/{n}': result[n] for n in ('accuracy', 'f1', 'auroc', 'auprc') if n in result}
                 continue
             values[f'k{k}/top1'] = top_accuracy(tally, labels, 1)
+            right.append(tally.argmax(1) == labels)
             if len(classes) > 5:
                 values[f'k{k}/top5'] = top_accuracy(tally, labels, 5)
             if positive is not None:
                 shares = tally / tally.sum(1, keepdims=True)
                 result = scores.classification(labels, shares, positive=positive)
                 values |= {f'k{k}/{name}': result[name] for name in ('f1', 'auroc') if name in result}
-        return values
+        if self.multilabel:
+            return values
+        values |= {'right': np.stack(right), 'index': queries.index}
+        return values | scores.ends(scores.bootstrap(_top1(values), len(labels), **self._resampling(values)))
+
+    def gain(self, values: Values, random: Values) -> Mapping[str, float]:
+        """Of 'k<k>/top1'; see `scores.difference`."""
+        if self.multilabel:
+            return {}
+        return scores.difference(_top1(values), _top1(random), values['right'].shape[1], **self._resampling(values))
+
+    def _resampling(self, values: Values) -> dict[str, Any]:
+        return dict(groups=groups(self.data, self.test, values['index']), resamples=self.resamples, seed=self.seed)
+
+
+def _top1(values: Values) -> scores.Statistic:
+    """'k<k>/top1' for weighted examples."""
+    names = [name for name in values if name.endswith('/top1')]
+    return lambda weights: {name: weights @ right / weights.sum()
+                            for name, right in zip(names, values['right'], strict=True)}
 
 
 def votes(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, ks: list[int], classes: int,

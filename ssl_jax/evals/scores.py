@@ -12,6 +12,8 @@ from ssl_jax.errors import UserError, nearest
 INTERVAL_CLASSES = 100   # beyond, the intervals of AUROC and AUPRC would take minutes
 LISTED_CLASSES = 20      # up to so many, the scores of each class are results of their own
 
+Statistic = Callable[[np.ndarray], Mapping[str, float]]   # of the examples' weights (n,)
+
 
 def positive_class(positive: str | int | None, classes: Sequence[str], *, where: str,
                    multilabel: bool = False) -> int | None:
@@ -168,8 +170,8 @@ def weighted(labels: np.ndarray, scores: np.ndarray, *, positive: int | None = N
     return evaluate
 
 
-def bootstrap(statistic: Callable[[np.ndarray], Mapping[str, float]], n: int, *, groups: np.ndarray | None = None,
-              resamples: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap(statistic: Statistic, n: int, *, groups: np.ndarray | None = None, resamples: int = 1000,
+              level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Expanded percentile intervals (Hesterberg 2015, Am. Stat. 69, 371-386, section 4.2).
 
     Percentiles of the resamples (Efron & Tibshirani 1993, chapter 13) are too narrow for few examples, or few groups;
@@ -212,9 +214,13 @@ def with_intervals(labels: np.ndarray, scores: np.ndarray, *, positive: int | No
     values = classification(labels, scores, positive=positive, predicted=predicted, classes=classes)
     ranking = positive is not None or scores.shape[1] <= INTERVAL_CLASSES
     statistic = weighted(labels, scores, positive=positive, predicted=predicted, classes=classes, ranking=ranking)
-    for name, (low, high) in bootstrap(statistic, len(labels), groups=groups, resamples=resamples, seed=seed).items():
-        values |= {f'{name}_low': low, f'{name}_high': high}
-    return values
+    return values | ends(bootstrap(statistic, len(labels), groups=groups, resamples=resamples, seed=seed))
+
+
+def ends(intervals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """As '<name>_low' and '<name>_high'."""
+    return {f'{name}_{end}': value for name, pair in intervals.items()
+            for end, value in zip(('low', 'high'), pair, strict=True)}
 
 
 def gain(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray, *, predicted: tuple[np.ndarray, np.ndarray],
@@ -231,15 +237,18 @@ def gain(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray, *, predicted:
     ranking = positive is not None or ours.shape[1] <= INTERVAL_CLASSES
     first, second = (weighted(labels, s, positive=positive, predicted=said, ranking=ranking)
                      for s, said in zip((ours, theirs), predicted, strict=True))
+    return difference(first, second, len(labels), groups=groups, resamples=resamples, seed=seed)
 
-    def difference(weights: np.ndarray) -> dict[str, float]:
-        there = second(weights)
-        return {name: value - there[name] for name, value in first(weights).items()}
 
-    values = {name: float(v) for name, v in difference(np.ones(len(labels))).items() if np.isfinite(v)}
-    for name, (low, high) in bootstrap(difference, len(labels), groups=groups, resamples=resamples, seed=seed).items():
-        values |= {f'{name}_low': low, f'{name}_high': high}
-    return values
+def difference(ours: Statistic, theirs: Statistic, n: int, *, groups: np.ndarray | None = None, resamples: int = 1000,
+               seed: int = 0) -> dict[str, float]:
+    """ours - theirs on all examples, and the ends of its `bootstrap` interval, in which both see the same resamples."""
+    def statistic(weights: np.ndarray) -> dict[str, float]:
+        there = theirs(weights)
+        return {name: value - there[name] for name, value in ours(weights).items()}
+
+    values = {name: float(v) for name, v in statistic(np.ones(n)).items() if np.isfinite(v)}
+    return values | ends(bootstrap(statistic, n, groups=groups, resamples=resamples, seed=seed))
 
 
 def _count_classes(labels: np.ndarray, predicted: np.ndarray, k: int) -> Callable[[np.ndarray], tuple]:

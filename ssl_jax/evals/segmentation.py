@@ -89,8 +89,7 @@ class Segmentation(Evaluator):
         values = pixel_scores.summary(counts, labels, positive)
         intervals = scores.bootstrap(pixel_scores.weighted(counts, labels, positive), len(index), seed=self.seed,
                                      groups=groups(self.data, self.split, index), resamples=self.resamples)
-        for name, (low, high) in intervals.items():
-            values |= {f'{name}_low': low, f'{name}_high': high}
+        values |= scores.ends(intervals)
         values |= {f'chance/{k}': v for k, v in pixel_scores.chance(counts, labels, positive).items()}
         values['confusion'] = counts.confusion.sum(0)
         if positive is not None:
