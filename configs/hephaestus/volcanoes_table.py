@@ -22,7 +22,7 @@ VIT = dict(width=96, depth=4, heads=3, patch=8)
 RESNET = dict(width=8)
 HEAD = dict(hidden=256, bottleneck=64, prototypes=1024)
 OBJECTIVES = {
-    'mae': dict(encoder=VIT | dict(patch=4), decoder=dict(width=64, depth=2, heads=4)),
+    'mae': dict(encoder=VIT, decoder=dict(width=64, depth=2, heads=4), mask_ratio=0.6, norm_pix_loss=False),
     'simmim': dict(encoder=VIT, mask_unit=8),
     'dino': dict(encoder=VIT, head=HEAD),
     'ibot': dict(encoder=VIT, head=HEAD),
