@@ -17,7 +17,7 @@ from ssl_jax.tools.sweep import Axes, Job, Sweep, Table, estimate, load, options
 
 RECIPES = pathlib.Path(__file__).parent.parent / 'cifar10'
 # Of 64 images.
-STEPS = {'mae': 3000, 'simmim': 3000, 'dino': 3000, 'ibot': 2000, 'mocov3': 2000, 'moco': 400, 'simsiam': 1000}
+STEPS = {'mae': 3000, 'simmim': 3000, 'dino': 3000, 'ibot': 3000, 'mocov3': 2000, 'moco': 400, 'simsiam': 1000}
 VIT = dict(width=96, depth=4, heads=3, patch=8)
 RESNET = dict(width=8)
 HEAD = dict(hidden=256, bottleneck=64, prototypes=1024)
