@@ -4,7 +4,7 @@ python -m data_prep.hephaestus volcanoes --raw=DIR --test_fraction=0.3 --output=
 python -m ssl_jax.tools.sweep --config=configs/hephaestus/volcanoes_table.py --workdir=runs/volcanoes -n 2
 
 The label is the volcano; train has the early pairs of each, test the late ones, and no pair spans both. The recipes are
-those of configs/cifar10 with phase offset and ramp for the colour changes, and but for SimSiam without flips. Arguments,
+those of configs/cifar10 with phase offset and ramp for the colour changes, and flips for SimSiam alone. Arguments,
 after a colon: root=DIR, tiny (smaller networks and a few steps).
 Hardware: 2 CPU cores.
 Time: an hour on those.
@@ -34,7 +34,8 @@ OPTIM = {'mae': dict(lr_reference_batch=128), 'simmim': dict(lr_reference_batch=
          'ibot': dict(lr=2e-3), 'mocov3': dict(lr=2e-3), 'moco': dict(lr=0.06), 'simsiam': dict(lr=0.1)}
 # For SimSiam, which compares with no other image, views that differ more.
 VIEWS = {'simsiam': dict(crop=dict(scale=(0.2, 1.0)), hflip=0.5, vflip=0.5, quarter_turns=0.75,
-                         phase=dict(offset=0.5, ramp=1.0, probability=0.8), blur=dict(sigma=(0.1, 2.0), probability=0.3))}
+                         phase=dict(offset=0.5, ramp=1.0, probability=0.8),
+                         blur=dict(sigma=(0.1, 2.0), probability=0.3))}
 METRICS = ('knn/k5/top1', 'knn/random/k5/top1', 'knn/gain/k5/top1', 'probe/accuracy', 'probe/random/accuracy',
            'probe/gain/accuracy')
 NOTE = ('kNN of 5 neighbours and linear probe, with 95 % bootstrap intervals. Gain: over the same network with random '
