@@ -7,7 +7,7 @@ The label is the volcano; train has the early pairs of each, test the late ones,
 those of configs/cifar10 with phase offset and ramp for the colour changes, and flips for SimSiam alone. Arguments,
 after a colon: root=DIR, tiny (smaller networks and a few steps).
 Hardware: 2 CPU cores.
-Time: an hour on those.
+Time: under 2 hours of one core, run after run.
 Expected: BENCHMARKS.md has the table for 34 volcanoes of Chile.
 """
 import pathlib
